@@ -1,0 +1,5 @@
+//! Machine monitors behind one contract.
+pub mod boot;
+mod contract;
+pub mod qemu;
+pub use contract::*;
