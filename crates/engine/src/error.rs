@@ -1,0 +1,61 @@
+//! Everything an engine call can fail with. The daemon maps these to HTTP in one place.
+use doze_agent::client::AgentError;
+use doze_image::ImageError;
+use doze_lifecycle::{Refusal, State};
+
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// `what` is `instance` or `image`.
+    #[error("{what} {id:?} does not exist")]
+    NotFound { what: &'static str, id: String },
+    #[error("{prefix:?} is a prefix of several instances: {}", matches.join(", "))]
+    Ambiguous {
+        prefix: String,
+        matches: Vec<String>,
+    },
+    #[error("name: {name:?} is taken by instance {holder}; choose another or delete that one")]
+    NameTaken { name: String, holder: String },
+    /// A request field holds a value that is not allowed. `code` is one of the contract's codes
+    /// (`invalid_field`, `invalid_name`, `invalid_size`, `invalid_platform`, `missing_field`).
+    #[error("{field}: {value} is not allowed; allowed: {allowed}")]
+    InvalidField {
+        code: &'static str,
+        field: String,
+        value: String,
+        allowed: String,
+    },
+    /// The admission table refuses the command in this state.
+    #[error("{refusal}")]
+    InvalidState { state: State, refusal: Refusal },
+    #[error("image {name:?} is not on this host; import it first (doze image import NAME PATH)")]
+    ImageNotFound { name: String },
+    #[error("image {name:?} is used by {}; delete them first", instances.join(", "))]
+    ImageInUse {
+        name: String,
+        instances: Vec<String>,
+    },
+    #[error("not enough {resource}: {wanted} wanted, {available} available ({limit})")]
+    Capacity {
+        resource: &'static str,
+        wanted: String,
+        available: String,
+        limit: String,
+    },
+    /// Kernel, QEMU, nft or another thing of the host is missing; says how to mend it.
+    #[error("{what}; {mend}")]
+    DependencyMissing { what: String, mend: String },
+    #[error("{field} is known but not built yet; leave it out or give it its no-effect value")]
+    NotImplemented { field: String },
+    /// Another command interrupted this one (stop or delete during start).
+    #[error("interrupted by {by}")]
+    Interrupted { by: &'static str },
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    #[error("the server is shutting down")]
+    ShuttingDown,
+    /// Something of the host failed: what was being done, and why.
+    #[error("{context}: {reason}")]
+    Internal { context: String, reason: String },
+}

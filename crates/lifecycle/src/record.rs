@@ -1,0 +1,392 @@
+//! An instance's durable record and the one function that changes it.
+//!
+//! ```text
+//!           MachineSpawned      CpusStarted          ProgramStarted + AgentReady
+//!   Stopped ─────────────> Created ─────> Initializing ─────────────> Running
+//!      ^                      │                │                         │
+//!      │      MachineGone     │                └────── GuestPoweredOff ──┤
+//!      └──────────────────────┴───────────────── MachineGone <── Shutdown┘
+//! ```
+//!
+//! An operation in flight (`operation`) and the state are two things: the state is where the guest is, the
+//! operation is what the server has promised to finish or undo, also after a crash.
+use serde::{Deserialize, Serialize};
+
+use crate::{Ledger, Stamp, State};
+
+/// Version of the record's stored form. Older ones are migrated when read.
+pub const RECORD_VERSION: u32 = 1;
+
+/// What the server is doing with an instance. Recorded before its first effect.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Operation {
+    /// Until the CPUs first run; undone (the instance vanishes) when it fails before.
+    Create,
+    /// Until the CPUs run; undone (Stopped again) when it fails before.
+    Start,
+    /// Until the VMM is gone.
+    Stop,
+    /// Until nothing is left; never undone.
+    Delete,
+}
+
+impl Operation {
+    pub const ALL: [Operation; 4] = [
+        Operation::Create,
+        Operation::Start,
+        Operation::Stop,
+        Operation::Delete,
+    ];
+
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Operation::Create => "create",
+            Operation::Start => "start",
+            Operation::Stop => "stop",
+            Operation::Delete => "delete",
+        }
+    }
+}
+
+/// Identity of a VMM process: a pid alone is never enough.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessRef {
+    pub pid: i32,
+    /// Clock ticks after boot at which it started.
+    pub start_ticks: u64,
+    pub boot_id: String,
+}
+
+/// How the guest's program ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exit {
+    /// 0-255; 128 + n after signal n.
+    pub code: i32,
+    /// Empty for code 0.
+    pub message: String,
+}
+
+/// Something that has happened. Told to [`Record::apply`] together with its stamp.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Fact {
+    /// A command was admitted: this operation is now in flight.
+    Admitted(Operation),
+    /// A VMM process was found or started; its CPUs have not run.
+    MachineSpawned(ProcessRef),
+    /// The VMM acknowledged that the CPUs run. `agent` says whether the guest has one to wait for.
+    CpusStarted { agent: bool },
+    /// The guest's program was executed (stamp: the guest's own account of when).
+    ProgramStarted,
+    /// The guest's agent takes commands (stamp: likewise).
+    AgentReady,
+    /// The guest's program ended; the machine goes on until it powers off.
+    ProgramExited(Exit),
+    /// The guest powered off or will never run again; its VMM is still there.
+    GuestPoweredOff,
+    /// The VMM process is gone and reaped. `failure` when it was not asked to go.
+    MachineGone { failure: Option<String> },
+    /// The operation in flight gave up and has undone what it did.
+    OperationFailed { reason: String },
+}
+
+impl Fact {
+    /// Name without payload, for messages and tables.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Fact::Admitted(_) => "Admitted",
+            Fact::MachineSpawned(_) => "MachineSpawned",
+            Fact::CpusStarted { .. } => "CpusStarted",
+            Fact::ProgramStarted => "ProgramStarted",
+            Fact::AgentReady => "AgentReady",
+            Fact::ProgramExited(_) => "ProgramExited",
+            Fact::GuestPoweredOff => "GuestPoweredOff",
+            Fact::MachineGone { .. } => "MachineGone",
+            Fact::OperationFailed { .. } => "OperationFailed",
+        }
+    }
+}
+
+/// The fact cannot happen here: a defect of the caller, nothing was changed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{fact} cannot happen to an instance that is {state} with {} in flight",
+        operation.map_or("nothing", Operation::as_str))]
+pub struct IllegalFact {
+    pub fact: &'static str,
+    pub state: State,
+    pub operation: Option<Operation>,
+}
+
+/// How far the current boot has come.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Boot {
+    agent_expected: bool,
+    program_started: Option<Stamp>,
+    agent_ready: Option<Stamp>,
+}
+
+impl Boot {
+    /// When the guest became ready, by its own account: the later of the two.
+    fn completed(&self) -> Option<Stamp> {
+        match (
+            &self.program_started,
+            &self.agent_ready,
+            self.agent_expected,
+        ) {
+            (Some(program), _, false) => Some(program.clone()),
+            (Some(program), Some(agent), true) => Some(program.clone().later(agent.clone())),
+            (None, _, _) | (Some(_), None, true) => None,
+        }
+    }
+}
+
+/// The durable truth about one instance's life.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    version: u32,
+    state: State,
+    operation: Option<Operation>,
+    machine: Option<ProcessRef>,
+    boot: Boot,
+    ledger: Ledger,
+    exit: Option<Exit>,
+    /// Why the last operation or run failed, until the next start.
+    failure: Option<String>,
+    started_at_us: Option<i64>,
+    stopped_at_us: Option<i64>,
+    /// How often the CPUs were started from nothing.
+    boots: u64,
+}
+
+impl Record {
+    /// A new instance whose creation is in flight.
+    pub fn creating(at: Stamp) -> Record {
+        Record {
+            operation: Some(Operation::Create),
+            ..Record::resting(State::Created, at)
+        }
+    }
+
+    /// A new instance that never ran.
+    pub fn stopped(at: Stamp) -> Record {
+        Record::resting(State::Stopped, at)
+    }
+
+    fn resting(state: State, at: Stamp) -> Record {
+        Record {
+            version: RECORD_VERSION,
+            state,
+            operation: None,
+            machine: None,
+            boot: Boot::default(),
+            ledger: Ledger::new(state, at),
+            exit: None,
+            failure: None,
+            started_at_us: None,
+            stopped_at_us: None,
+            boots: 0,
+        }
+    }
+
+    pub fn state(&self) -> State {
+        self.state
+    }
+    pub fn operation(&self) -> Option<Operation> {
+        self.operation
+    }
+    /// The VMM process, while there is one.
+    pub fn machine(&self) -> Option<&ProcessRef> {
+        self.machine.as_ref()
+    }
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+    /// When the current phase began.
+    pub fn current_since(&self) -> &Stamp {
+        self.ledger.since()
+    }
+    /// How the program of the last (or current) run ended.
+    pub fn exit(&self) -> Option<&Exit> {
+        self.exit.as_ref()
+    }
+    /// Why the last operation or run failed, until the next start.
+    pub fn failure(&self) -> Option<&str> {
+        self.failure.as_deref()
+    }
+    /// Wall clock of the last start of the CPUs, microseconds since the epoch.
+    pub fn started_at_us(&self) -> Option<i64> {
+        self.started_at_us
+    }
+    /// Wall clock of the last arrival in Stopped after a run.
+    pub fn stopped_at_us(&self) -> Option<i64> {
+        self.stopped_at_us
+    }
+    pub fn boots(&self) -> u64 {
+        self.boots
+    }
+    /// Whether this run's agent has reported itself.
+    pub fn agent_ready(&self) -> bool {
+        self.boot.agent_ready.is_some()
+    }
+    /// Whether this run's program has been executed.
+    pub fn program_started(&self) -> bool {
+        self.boot.program_started.is_some()
+    }
+
+    /// What the record becomes when `fact` happened at `at`. The only way a record changes.
+    ///
+    /// # Errors
+    /// [`IllegalFact`] when the fact cannot happen in this state with this operation in flight.
+    pub fn apply(&self, fact: &Fact, at: &Stamp) -> Result<Record, IllegalFact> {
+        if !self.allows(fact) {
+            return Err(IllegalFact {
+                fact: fact.name(),
+                state: self.state,
+                operation: self.operation,
+            });
+        }
+        let mut next = self.clone();
+        match fact {
+            Fact::Admitted(operation) => next.operation = Some(*operation),
+            Fact::MachineSpawned(process) => {
+                next.begin_run(process.clone());
+                next.enter(State::Created, at);
+            }
+            Fact::CpusStarted { agent } => {
+                next.boot.agent_expected = *agent;
+                next.boots += 1;
+                next.started_at_us = Some(at.wall_us);
+                next.operation = None;
+                next.enter(State::Initializing, at);
+            }
+            Fact::ProgramStarted => {
+                next.boot.program_started.get_or_insert_with(|| at.clone());
+                next.finish_boot();
+            }
+            Fact::AgentReady => {
+                next.boot.agent_ready.get_or_insert_with(|| at.clone());
+                next.finish_boot();
+            }
+            Fact::ProgramExited(exit) => next.exit = Some(exit.clone()),
+            Fact::GuestPoweredOff => next.enter(State::Shutdown, at),
+            Fact::MachineGone { failure } => next.end_run(failure.as_deref(), at),
+            Fact::OperationFailed { reason } => next.give_up(reason),
+        }
+        Ok(next)
+    }
+
+    /// Exhaustive over (fact, state, operation): a new state, operation or fact forces a decision.
+    fn allows(&self, fact: &Fact) -> bool {
+        use Operation::{Create, Delete, Start, Stop};
+        use State::{Created, Initializing, Paused, Running, Shutdown, Standby, Stopped};
+        match fact {
+            Fact::Admitted(operation) => {
+                self.operation.is_none()
+                    && match operation {
+                        Create => false,
+                        Start => self.state == Stopped,
+                        Stop => self.state.has_machine(),
+                        Delete => true,
+                    }
+            }
+            Fact::MachineSpawned(_) => {
+                self.machine.is_none()
+                    && match self.operation {
+                        Some(Create) => self.state == Created,
+                        Some(Start) => self.state == Stopped,
+                        Some(Stop | Delete) | None => false,
+                    }
+            }
+            Fact::CpusStarted { .. } => {
+                self.machine.is_some()
+                    && self.state == Created
+                    && match self.operation {
+                        Some(Create | Start) => true,
+                        Some(Stop | Delete) | None => false,
+                    }
+            }
+            Fact::ProgramStarted | Fact::AgentReady => match self.state {
+                Initializing | Running | Paused | Shutdown => true,
+                Created | Stopped | Standby => false,
+            },
+            // The last word of a run may be read after its machine is gone.
+            Fact::ProgramExited(_) => match self.state {
+                Initializing | Running | Paused | Shutdown | Stopped => self.boots > 0,
+                Created | Standby => false,
+            },
+            Fact::GuestPoweredOff => match self.state {
+                Initializing | Running | Paused => true,
+                Created | Shutdown | Stopped | Standby => false,
+            },
+            Fact::MachineGone { .. } => self.machine.is_some(),
+            Fact::OperationFailed { .. } => match self.operation {
+                // Create and Start have undone the machine before they say so.
+                Some(Create | Start) => self.machine.is_none(),
+                Some(Stop) => true,
+                // Deleting is finished later, never given up.
+                Some(Delete) | None => false,
+            },
+        }
+    }
+
+    fn enter(&mut self, state: State, at: &Stamp) {
+        self.ledger.enter(state, at);
+        self.state = state;
+    }
+
+    fn begin_run(&mut self, process: ProcessRef) {
+        self.machine = Some(process);
+        self.boot = Boot::default();
+        self.exit = None;
+        self.failure = None;
+    }
+
+    /// Running begins when the guest says so, not when we looked; see [`Ledger::enter`] for markers
+    /// older than the current phase.
+    fn finish_boot(&mut self) {
+        if self.state == State::Initializing
+            && let Some(at) = self.boot.completed()
+        {
+            self.enter(State::Running, &at);
+        }
+    }
+
+    fn end_run(&mut self, failure: Option<&str>, at: &Stamp) {
+        self.machine = None;
+        if let Some(failure) = failure {
+            self.failure = Some(failure.to_owned());
+        }
+        if self.state != State::Created {
+            self.stopped_at_us = Some(at.wall_us);
+        }
+        if self.operation == Some(Operation::Stop) {
+            self.operation = None;
+        }
+        self.enter(State::Stopped, at);
+    }
+
+    fn give_up(&mut self, reason: &str) {
+        self.failure = Some(reason.to_owned());
+        // A create that failed leaves nothing: what it made is deleted, also after a crash.
+        self.operation = match self.operation {
+            Some(Operation::Create) => Some(Operation::Delete),
+            Some(Operation::Start | Operation::Stop | Operation::Delete) | None => None,
+        };
+    }
+
+    /// Reads a stored record of this or an older version.
+    ///
+    /// # Errors
+    /// A message when it is not a record or is newer than this program.
+    pub fn from_json(text: &str) -> Result<Record, String> {
+        let record: Record = serde_json::from_str(text).map_err(|e| format!("record: {e}"))?;
+        if record.version > RECORD_VERSION {
+            return Err(format!(
+                "record version {} is newer than this program's {RECORD_VERSION}",
+                record.version
+            ));
+        }
+        Ok(record)
+    }
+}
