@@ -1,0 +1,66 @@
+//! Statements about a whole server that must hold at any quiet moment, above all after a crash.
+use std::collections::BTreeSet;
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+
+use crate::{Api, exec, procs, server::Server, world::instance_folders};
+
+/// The API's account, processes, TAPs and folders agree:
+/// - each instance in a state with a machine has exactly one VMM, any other none;
+/// - no VMM, TAP or folder without an instance;
+/// - a Running one answers exec.
+///
+/// Returns the instances. Call it when no operation is in flight.
+pub async fn agree(api: &Api, server: &Server) -> Result<Vec<Value>> {
+    let instances = api.instances().await?;
+    let vmms = procs::vmms(&server.data_dir)?;
+    let taps = procs::taps(&server.bridge)?;
+    let ids: BTreeSet<&str> = instances.iter().filter_map(|i| i["id"].as_str()).collect();
+    for vmm in &vmms {
+        ensure!(
+            ids.contains(vmm.instance.as_str()),
+            "VMM {} belongs to no instance: {}",
+            vmm.pid,
+            vmm.instance
+        );
+    }
+    for (tap, alias) in &taps {
+        ensure!(
+            ids.contains(alias.as_str()),
+            "TAP {tap} belongs to no instance: {alias:?}"
+        );
+    }
+    for folder in instance_folders(&server.data_dir)? {
+        ensure!(
+            ids.contains(folder.as_str()),
+            "folder {folder} belongs to no instance"
+        );
+    }
+    for instance in &instances {
+        let id = instance["id"].as_str().context("id")?;
+        let state = instance["state"].as_str().context("state")?;
+        let own = vmms.iter().filter(|v| v.instance == id).count();
+        let machine = matches!(
+            state,
+            "Created" | "Initializing" | "Running" | "Paused" | "Shutdown"
+        );
+        ensure!(
+            own == usize::from(machine),
+            "{id} is {state} and has {own} VMMs"
+        );
+        if machine && instance["network"]["enabled"] == true {
+            ensure!(
+                taps.iter().any(|(_, alias)| alias == id),
+                "{id} is {state} and has no TAP"
+            );
+        }
+        if state == "Running" {
+            let echo = exec::sh(api, id, "echo alive")
+                .await
+                .with_context(|| format!("exec in {id}, which is Running"))?;
+            ensure!(echo == "alive", "exec in {id} said {echo:?}");
+        }
+    }
+    Ok(instances)
+}
