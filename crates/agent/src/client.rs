@@ -1,10 +1,36 @@
 //! The host's end of the control channel.
-use std::{path::PathBuf, time::{Duration, Instant}};
+//!
+//! ```text
+//!   AgentClient, ExecSession, ExecInput ──> Endpoint <── one task: connect, drive, connect again
+//!            ^                                                │
+//!            └── watch<GuestView>, inbox per exec stream <────┘ (dispatch)
+//! ```
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicU32},
+    time::{Duration, Instant},
+};
 
-use bytes::Bytes;
-use tokio::sync::watch;
+use tokio::{
+    sync::{oneshot, watch},
+    task::JoinHandle,
+};
+use tokio_util::sync::CancellationToken;
 
-use crate::message::{ExecRequest, ProgramExit};
+use crate::{
+    endpoint::Endpoint,
+    message::{ExecRequest, ProgramExit, ToGuest},
+    session::{MAIN_STREAM, Role, SendError},
+};
+
+mod exec;
+mod link;
+
+pub use exec::{ExecEvent, ExecInput, ExecSession};
+
+/// How long the guest may take to say that a command started or a shutdown was accepted.
+const ANSWER_WITHIN: Duration = Duration::from_secs(15);
 
 /// What the guest has told so far. Instants are on the host's clock: time of arrival minus the age
 /// the guest gave, so the guest's own clocks never matter.
@@ -34,83 +60,168 @@ pub enum AgentError {
     Lost,
 }
 
+impl From<SendError> for AgentError {
+    fn from(error: SendError) -> Self {
+        match error {
+            SendError::Closed => Self::Lost,
+            SendError::TooLarge(_) => Self::Refused(error.to_string()),
+            SendError::Full => Self::Unavailable(error.to_string()),
+        }
+    }
+}
+
 /// One guest's control channel. Clones share it. A background task (re)connects to the socket until
 /// [`AgentClient::close`] or the last clone is dropped.
 #[derive(Clone)]
 pub struct AgentClient {
     view: watch::Receiver<GuestView>,
+    handle: Arc<Handle>,
+}
+
+/// Ends the background task with the last clone.
+struct Handle {
+    shared: Arc<Shared>,
+    task: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.shared.cancel.cancel();
+    }
+}
+
+/// What the background task and the handles share.
+struct Shared {
+    endpoint: Endpoint,
+    view: watch::Sender<GuestView>,
+    streams: Mutex<HashMap<u32, Arc<exec::Inbox>>>,
+    next_stream: AtomicU32,
+    pings: Mutex<HashMap<u64, oneshot::Sender<()>>>,
+    shutdowns: Mutex<Vec<oneshot::Sender<()>>>,
+    /// Why there is no connection.
+    problem: Mutex<String>,
+    cancel: CancellationToken,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Every critical section leaves its map whole, so a panic elsewhere spoils nothing.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    fn unavailable(&self) -> AgentError {
+        AgentError::Unavailable(lock(&self.problem).clone())
+    }
+
+    fn require_connected(&self) -> Result<(), AgentError> {
+        if self.endpoint.established() {
+            Ok(())
+        } else {
+            Err(self.unavailable())
+        }
+    }
+
+    /// Waits for an answer while the channel lives.
+    async fn answer(
+        &self,
+        answer: oneshot::Receiver<()>,
+        within: Duration,
+    ) -> Result<(), AgentError> {
+        tokio::select! {
+            got = tokio::time::timeout(within, answer) => match got {
+                Ok(Ok(())) => Ok(()),
+                Ok(Err(_)) => Err(AgentError::Lost),
+                Err(_) => Err(AgentError::Timeout(within)),
+            },
+            () = self.cancel.cancelled() => Err(AgentError::Lost),
+        }
+    }
 }
 
 impl AgentClient {
+    /// Must be called within a tokio runtime. The socket need not exist yet.
     pub fn connect(socket: PathBuf) -> Self {
-        let _ = socket;
-        unimplemented!()
+        let (sender, view) = watch::channel(GuestView::default());
+        let shared = Arc::new(Shared {
+            endpoint: Endpoint::new(Role::Host, rand::random()),
+            view: sender,
+            streams: Mutex::default(),
+            next_stream: AtomicU32::new(MAIN_STREAM + 1),
+            pings: Mutex::default(),
+            shutdowns: Mutex::default(),
+            problem: Mutex::new(format!("not yet connected to {}", socket.display())),
+            cancel: CancellationToken::new(),
+        });
+        let task = tokio::spawn(link::run(shared.clone(), socket));
+        let handle = Arc::new(Handle {
+            shared,
+            task: Mutex::new(Some(task)),
+        });
+        Self { view, handle }
     }
+
     pub fn view(&self) -> watch::Receiver<GuestView> {
         self.view.clone()
     }
-    /// A round trip with a fresh nonce.
+
+    /// A round trip with a fresh nonce. Waits for a connection if there is none, all within `timeout`.
     pub async fn ping(&self, timeout: Duration) -> Result<(), AgentError> {
-        let _ = timeout;
-        unimplemented!()
+        let shared = &self.handle.shared;
+        let nonce = rand::random();
+        let round_trip = async {
+            let mut view = self.view();
+            view.wait_for(|v| v.connected)
+                .await
+                .map_err(|_| AgentError::Lost)?;
+            let (sender, receiver) = oneshot::channel();
+            lock(&shared.pings).insert(nonce, sender);
+            shared
+                .endpoint
+                .send(MAIN_STREAM, &ToGuest::Ping { nonce })?;
+            shared.answer(receiver, timeout).await
+        };
+        let result = tokio::time::timeout(timeout, round_trip).await;
+        lock(&shared.pings).remove(&nonce);
+        match result {
+            Ok(done) => done,
+            Err(_) if shared.endpoint.established() => Err(AgentError::Timeout(timeout)),
+            Err(_) => Err(shared.unavailable()),
+        }
     }
+
+    /// Starts a command. Answers when the guest started it; a command that cannot be started ends
+    /// with [`ExecEvent::Exit`] 126 or 127, as in a shell.
+    ///
+    /// # Errors
+    /// [`AgentError::Unavailable`] when not connected now, [`AgentError::Refused`] by the guest.
     pub async fn exec(&self, request: ExecRequest) -> Result<ExecSession, AgentError> {
-        let _ = request;
-        unimplemented!()
+        let shared = &self.handle.shared;
+        shared.require_connected()?;
+        ExecSession::begin(shared.clone(), request).await
     }
+
     /// Asks init to end the program (stop signal, then SIGKILL after `grace`), sync, unmount and power off.
     /// Returns when the guest accepted; the machine's power-off is the proof.
     pub async fn shutdown(&self, grace: Duration) -> Result<(), AgentError> {
-        let _ = grace;
-        unimplemented!()
+        let shared = &self.handle.shared;
+        shared.require_connected()?;
+        let (sender, receiver) = oneshot::channel();
+        lock(&shared.shutdowns).push(sender);
+        let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
+        shared
+            .endpoint
+            .send(MAIN_STREAM, &ToGuest::Shutdown { grace_ms })?;
+        shared.answer(receiver, ANSWER_WITHIN).await
     }
-    /// Stops the background task and waits for it.
-    pub async fn close(self) {}
-}
 
-/// What a running command sends.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ExecEvent {
-    /// stdout and stderr merged, at most 64 KiB a piece.
-    Output(Bytes),
-    Exit(ProgramExit),
-    /// The session cannot go on (guest gone, standby, server shutting down); final.
-    Failed(String),
-}
-
-/// A command in the guest. Dropping it kills the command's process group.
-pub struct ExecSession {
-    _private: (),
-}
-
-impl ExecSession {
-    /// Next event; `None` after `Exit` or `Failed`. Flow-controlled: not reading stops the command's output.
-    pub async fn next(&mut self) -> Option<ExecEvent> {
-        unimplemented!()
-    }
-    /// A cloneable sender half for input, so that reading and writing can go on at once.
-    pub fn input(&self) -> ExecInput {
-        unimplemented!()
-    }
-}
-
-#[derive(Clone)]
-pub struct ExecInput {
-    _private: (),
-}
-
-impl ExecInput {
-    /// Waits for room (flow control). An error after the command ended.
-    pub async fn write(&self, data: Bytes) -> Result<(), AgentError> {
-        let _ = data;
-        unimplemented!()
-    }
-    /// End of input (EOF on stdin; ^D on a tty).
-    pub async fn close(&self) -> Result<(), AgentError> {
-        unimplemented!()
-    }
-    pub async fn resize(&self, rows: u16, cols: u16) -> Result<(), AgentError> {
-        let _ = (rows, cols);
-        unimplemented!()
+    /// Stops the background task and waits for it. Sessions that still run fail.
+    pub async fn close(self) {
+        self.handle.shared.cancel.cancel();
+        let task = lock(&self.handle.task).take();
+        if let Some(task) = task
+            && let Err(error) = task.await
+        {
+            tracing::error!(%error, "the control channel's task ended badly");
+        }
     }
 }

@@ -17,6 +17,13 @@ pub const CONFIG_SERIAL: &str = "doze-config";
 /// not connected: this prefix, then JSON of [`crate::message::ProgramExit`].
 pub const EXIT_MARKER: &str = "doze-init: program-exit ";
 
+/// The only version of the configuration there is.
+pub const VERSION: u32 = 1;
+const MAGIC: &[u8; 8] = b"DOZECFG1";
+/// Bytes before the JSON.
+pub const HEADER_LEN: usize = 16;
+const BLOCK: usize = 4096;
+
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestConfig {
     /// 1.
@@ -25,7 +32,7 @@ pub struct GuestConfig {
     pub hostname: String,
     /// Entrypoint and command joined; not empty.
     pub argv: Vec<String>,
-    /// `KEY=VALUE`, image's first, the request's override by key.
+    /// `KEY=VALUE`, image's first, the request's override by key. Entries of another form are ignored.
     pub env: Vec<String>,
     /// Absolute; `/` when the image says nothing. Created when absent, as container runtimes do.
     pub working_dir: String,
@@ -52,15 +59,206 @@ pub struct GuestNetwork {
 /// Why a config disk was not accepted.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
+    /// The bytes are not what [`encode`] writes.
     #[error("config disk: {0}")]
     Malformed(String),
+    /// A value no guest can act on.
+    #[error("config disk: {field}: {value:?} is not allowed; allowed: {allowed}")]
+    Invalid {
+        field: &'static str,
+        value: String,
+        allowed: &'static str,
+    },
 }
 
+/// The whole disk, a multiple of 4096 bytes.
 pub fn encode(config: &GuestConfig) -> Result<Vec<u8>, ConfigError> {
-    let _ = config;
-    unimplemented!()
+    validate(config)?;
+    let json = serde_json::to_vec(config)
+        .map_err(|e| ConfigError::Malformed(format!("cannot be written as JSON: {e}")))?;
+    if json.len() > MAX_JSON {
+        return Err(ConfigError::Malformed(format!(
+            "{} bytes of JSON; at most {MAX_JSON}: shorten environment or arguments",
+            json.len()
+        )));
+    }
+    let mut disk = Vec::with_capacity((HEADER_LEN + json.len()).next_multiple_of(BLOCK));
+    disk.extend_from_slice(MAGIC);
+    disk.extend_from_slice(&(json.len() as u32).to_le_bytes());
+    disk.extend_from_slice(&crc32fast::hash(&json).to_le_bytes());
+    disk.extend_from_slice(&json);
+    disk.resize(disk.len().next_multiple_of(BLOCK), 0);
+    Ok(disk)
 }
+
+/// Reads what [`encode`] wrote; bytes after the JSON are ignored.
 pub fn decode(disk: &[u8]) -> Result<GuestConfig, ConfigError> {
-    let _ = disk;
-    unimplemented!()
+    let len = json_len(disk)?;
+    let (header, rest) = disk.split_at(HEADER_LEN);
+    let json = rest.get(..len).ok_or_else(|| {
+        ConfigError::Malformed(format!(
+            "{len} bytes of JSON announced, {} there",
+            rest.len()
+        ))
+    })?;
+    let crc = u32::from_le_bytes([header[12], header[13], header[14], header[15]]);
+    if crc32fast::hash(json) != crc {
+        return Err(ConfigError::Malformed(
+            "the checksum of the JSON does not match".into(),
+        ));
+    }
+    let config: GuestConfig =
+        serde_json::from_slice(json).map_err(|e| ConfigError::Malformed(format!("JSON: {e}")))?;
+    validate(&config)?;
+    Ok(config)
+}
+
+/// Length of the JSON that follows a header, so that a reader needs not read the whole disk.
+pub fn json_len(header: &[u8]) -> Result<usize, ConfigError> {
+    let Some(header) = header.get(..HEADER_LEN) else {
+        return Err(ConfigError::Malformed(format!(
+            "{} bytes, shorter than its header",
+            header.len()
+        )));
+    };
+    if header[..MAGIC.len()] != MAGIC[..] {
+        return Err(ConfigError::Malformed(
+            "does not begin with DOZECFG1".into(),
+        ));
+    }
+    let len = u32::from_le_bytes([header[8], header[9], header[10], header[11]]) as usize;
+    if len > MAX_JSON {
+        return Err(ConfigError::Malformed(format!(
+            "{len} bytes of JSON announced; at most {MAX_JSON}"
+        )));
+    }
+    Ok(len)
+}
+
+fn validate(config: &GuestConfig) -> Result<(), ConfigError> {
+    let invalid = |field, value: &str, allowed| {
+        Err(ConfigError::Invalid {
+            field,
+            value: value.to_owned(),
+            allowed,
+        })
+    };
+    if config.version != VERSION {
+        return invalid("version", &config.version.to_string(), "1");
+    }
+    if config.argv.first().is_none_or(String::is_empty) {
+        return invalid("argv", "", "at least a command that is not empty");
+    }
+    if let Some(text) = config
+        .argv
+        .iter()
+        .chain(&config.env)
+        .find(|s| s.contains('\0'))
+    {
+        return invalid("argv or env", text, "no NUL character");
+    }
+    if !config.working_dir.starts_with('/') || config.working_dir.contains('\0') {
+        return invalid("working_dir", &config.working_dir, "an absolute path");
+    }
+    if config.hostname.is_empty()
+        || config.hostname.len() > 63
+        || !config
+            .hostname
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.'))
+    {
+        return invalid("hostname", &config.hostname, "1 to 63 of [A-Za-z0-9.-]");
+    }
+    if let Some(network) = &config.network
+        && !(1..=32).contains(&network.prefix)
+    {
+        return invalid("network.prefix", &network.prefix.to_string(), "1 to 32");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+mod tests {
+    use proptest::{collection::vec, prelude::*};
+
+    use super::*;
+
+    fn config() -> GuestConfig {
+        GuestConfig {
+            version: 1,
+            instance_id: "abc".into(),
+            hostname: "web".into(),
+            argv: vec!["/bin/sh".into()],
+            env: vec!["A=b".into(), "EMPTY=".into()],
+            working_dir: "/".into(),
+            user: String::new(),
+            stop_signal: "SIGTERM".into(),
+            network: Some(GuestNetwork {
+                mac: "52:54:00:00:00:01".into(),
+                address: [10, 77, 0, 5].into(),
+                prefix: 24,
+                gateway: [10, 77, 0, 1].into(),
+                dns: vec![[1, 1, 1, 1].into()],
+            }),
+            skip_guest_agent: false,
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let disk = encode(&config()).unwrap();
+        assert_eq!(disk.len() % 4096, 0);
+        assert_eq!(decode(&disk).unwrap(), config());
+    }
+
+    #[test]
+    fn every_damaged_byte_is_noticed() {
+        let disk = encode(&config()).unwrap();
+        let used = HEADER_LEN + json_len(&disk).unwrap();
+        for at in 0..used {
+            let mut bad = disk.clone();
+            bad[at] ^= 1;
+            assert!(decode(&bad).is_err(), "byte {at}");
+        }
+        assert!(decode(&disk[..HEADER_LEN + 3]).is_err());
+    }
+
+    #[test]
+    fn impossible_values_are_refused_with_their_field() {
+        let cases: [(&str, fn(&mut GuestConfig)); 7] = [
+            ("version", |c| c.version = 2),
+            ("argv", |c| c.argv.clear()),
+            ("argv", |c| c.argv[0].clear()),
+            ("argv or env", |c| c.env.push("A=\0".into())),
+            ("working_dir", |c| c.working_dir = "srv".into()),
+            ("hostname", |c| c.hostname = "a b".into()),
+            ("network.prefix", |c| {
+                c.network.as_mut().unwrap().prefix = 33
+            }),
+        ];
+        for (field, spoil) in cases {
+            let mut bad = config();
+            spoil(&mut bad);
+            let message = encode(&bad).unwrap_err().to_string();
+            assert!(message.contains(&format!(" {field}: ")), "{message}");
+        }
+    }
+
+    #[test]
+    fn too_much_is_refused() {
+        let mut big = config();
+        big.argv.push("x".repeat(MAX_JSON));
+        assert!(encode(&big).unwrap_err().to_string().contains("at most"));
+    }
+
+    proptest! {
+        #[test]
+        fn random_disks_never_panic(mut disk in vec(any::<u8>(), 0..9000), magic: bool) {
+            if magic && disk.len() >= 8 {
+                disk[..8].copy_from_slice(MAGIC);
+            }
+            let _ = decode(&disk);
+        }
+    }
 }

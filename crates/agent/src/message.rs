@@ -1,8 +1,39 @@
 //! What host and guest say to each other once frames flow.
+//!
+//! Control frames carry one JSON object with a `type`. A stream id in the frame says which exec
+//! session a message belongs to; stream 0 is for the guest as a whole.
+//!
+//! ```text
+//!   host                                   guest
+//!     │ Exec ─────────────── stream n ───────>│
+//!     │<── ExecStarted | ExecRefused ─────────│
+//!     │ data (stdin), StdinClose, Resize ────>│
+//!     │<──────────────── data (output) ───────│
+//!     │<──────────────── ExecExited ──────────│   or  Kill ──> (ends without an answer)
+//! ```
+//!
+//! An end ignores a `type` it does not know (and says so once, see [`ToHost::Unsupported`]), so a
+//! newer minor version may add messages.
 use serde::{Deserialize, Serialize};
 
-/// Version both ends announce; an end accepts any version whose major part it knows.
-pub const PROTOCOL: u32 = 1;
+/// Version both ends announce: major << 16 | minor. An end accepts any version whose major part
+/// it knows.
+pub const PROTOCOL: u32 = 1 << 16;
+
+/// Whether this end can talk to one that announces `version`.
+pub fn speaks(version: u32) -> bool {
+    version >> 16 == PROTOCOL >> 16
+}
+
+/// `1.0` of [`PROTOCOL`].
+pub fn version_text(version: u32) -> String {
+    format!("{}.{}", version >> 16, version & 0xffff)
+}
+
+/// Exec sessions one guest holds at most; another one is refused.
+pub const MAX_EXECS: usize = 256;
+/// Bytes of JSON in one control message at most.
+pub const MAX_CONTROL: usize = crate::frame::MAX_PAYLOAD;
 
 /// A command to run in the guest.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,4 +56,94 @@ pub struct ProgramExit {
     pub code: i32,
     /// `exited with code 3`, `killed by signal 9 (SIGKILL)`, `command not found: foo`, ...; empty for code 0.
     pub message: String,
+}
+
+/// From the host to the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum ToGuest {
+    /// Opens its stream.
+    Exec { request: ExecRequest },
+    /// End of input: EOF on a pipe, ^D on a tty.
+    StdinClose,
+    /// New size of the session's terminal.
+    Resize { rows: u16, cols: u16 },
+    /// SIGKILL to the session's process group; the guest forgets the stream.
+    Kill,
+    /// Stream 0; answered by [`ToHost::Pong`].
+    Ping { nonce: u64 },
+    /// Stream 0. Stop signal to the program, SIGKILL after this long, then power off.
+    Shutdown { grace_ms: u64 },
+    /// A message of a newer version.
+    #[serde(other)]
+    Unknown,
+}
+
+/// From the guest to the host.
+///
+/// Ages are microseconds between the event and the moment the message was handed to the session;
+/// time spent waiting there travels in the frame.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum ToHost {
+    ProgramStarted {
+        age_us: u64,
+    },
+    AgentReady {
+        age_us: u64,
+    },
+    ProgramExited {
+        exit: ProgramExit,
+    },
+    BootError {
+        text: String,
+    },
+    ExecStarted,
+    /// The session never began.
+    ExecRefused {
+        text: String,
+    },
+    /// Last of its stream.
+    ExecExited {
+        exit: ProgramExit,
+    },
+    Pong {
+        nonce: u64,
+    },
+    /// The request was accepted; the power-off follows.
+    ShuttingDown,
+    /// The guest did not understand a message.
+    Unsupported {
+        text: String,
+    },
+    /// A message of a newer version.
+    #[serde(other)]
+    Unknown,
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_of_a_newer_version_are_recognised_as_such() {
+        let newer = r#"{"type":"set_clock","realtime_ns":1}"#;
+        assert_eq!(
+            serde_json::from_str::<ToGuest>(newer).unwrap(),
+            ToGuest::Unknown
+        );
+        assert_eq!(
+            serde_json::from_str::<ToHost>(newer).unwrap(),
+            ToHost::Unknown
+        );
+    }
+
+    #[test]
+    fn only_the_major_version_must_agree() {
+        assert!(speaks(PROTOCOL));
+        assert!(speaks(PROTOCOL + 7));
+        assert!(!speaks(PROTOCOL + (1 << 16)));
+        assert_eq!(version_text(PROTOCOL), "1.0");
+    }
 }
