@@ -1,1 +1,90 @@
-fn main() {}
+//! End-to-end cases. Each file holds the cases of one subject; this one says which run where.
+//!
+//! Groups run two at a time, each on a server of its own; a group's cases share that server and run
+//! one after another. Filter by name: `cargo test -p doze-e2e -- qemu-microvm::exec`.
+use std::{process::ExitCode, sync::Arc};
+
+use anyhow::{Context as _, Result};
+use doze_e2e::{
+    Case, Group, World, harness,
+    preflight::Tools,
+    sandbox::{self, Sandbox},
+    world::WorldOptions,
+};
+
+mod bad_input;
+mod cli;
+mod crash;
+mod exec;
+mod hosts;
+mod lifecycle;
+mod logs;
+mod lookup;
+mod network;
+mod restart;
+mod sdk;
+mod stateful;
+
+fn main() -> ExitCode {
+    sandbox::enter(|sandbox| match run(sandbox) {
+        Ok(code) => code,
+        Err(e) => {
+            println!(
+                "{e:#}\n\ntest result: FAILED. 0 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out"
+            );
+            ExitCode::FAILURE
+        }
+    })
+}
+
+fn run(sandbox: Sandbox) -> Result<ExitCode> {
+    let tools = Arc::new(Tools::find()?);
+    let sandbox = Arc::new(sandbox);
+    let points = crash::kill_points(&tools)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .worker_threads(2)
+        .build()?;
+    let make = move |name: &str, options: &WorldOptions| {
+        World::new(tools.clone(), sandbox.clone(), name, options)
+    };
+    Ok(runtime.block_on(harness::run(groups(&points).context("groups")?, make)))
+}
+
+fn groups(points: &[String]) -> Result<Vec<Group>> {
+    let mut groups = Vec::new();
+    // The longest groups first, so that the two workers end at about the same time.
+    groups.extend(crash::groups(points)?);
+    for hypervisor in ["qemu", "qemu-microvm"] {
+        groups.push(on(hypervisor, "", shared_cases()));
+        groups.push(on(hypervisor, "-restart", restart::cases()));
+    }
+    groups.push(on("qemu-microvm", "-sdk", sdk::cases()));
+    groups.push(on("qemu-microvm", "-bad-input", bad_input::cases()));
+    groups.push(on("qemu-microvm", "-hosts", hosts::cases()));
+    groups.push(on("qemu-microvm", "-cli", cli::cases()));
+    Ok(groups)
+}
+
+/// What is true of every backend.
+fn shared_cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    cases.extend(lifecycle::cases());
+    cases.extend(exec::cases());
+    cases.extend(logs::cases());
+    cases.extend(lookup::cases());
+    cases.extend(network::cases());
+    cases.extend(stateful::cases());
+    cases
+}
+
+fn on(hypervisor: &str, suffix: &str, cases: Vec<Case>) -> Group {
+    Group {
+        name: format!("{hypervisor}{suffix}"),
+        options: WorldOptions {
+            hypervisor: hypervisor.to_owned(),
+            ..WorldOptions::default()
+        },
+        cases,
+    }
+}
