@@ -1,11 +1,38 @@
 //! OCI images on this host: references, import, unpacking, and one read-only EROFS rootfs per
 //! image digest, content-addressed and shared by every instance of the image.
-use std::{collections::BTreeMap, path::{Path, PathBuf}};
+//!
+//! ```text
+//!   NAME ----- reference: normalised as Docker does -----------------------+
+//!                                                                          |
+//!   PATH -> import: what is inside?     layer: unpack in order   rootfs:   v   store:
+//!           OCI layout, docker archive   whiteouts, links, ...   mkfs.erofs    blobs/sha256-<hex>/
+//!           digests of every blob  --->  diff_id of each   --->  one file ---> refs/<name>.json
+//! ```
+//!
+//! Invariants:
+//! - Nothing an archive says can name a path outside the stage folder it is unpacked in ([`layer`]).
+//! - Nothing is visible in the store before it is durable ([`store`]).
+//! - The same image digest gives the same rootfs bytes with the same `mkfs.erofs` ([`rootfs`]).
+use std::{
+    collections::BTreeMap,
+    io,
+    path::{Path, PathBuf},
+};
 
 use serde::{Deserialize, Serialize};
 
+mod digest;
+pub mod import;
+pub mod layer;
 pub mod reference;
+pub mod rootfs;
+pub mod store;
+#[cfg(test)]
+mod testing;
+
+pub use layer::Limits;
 pub use reference::{Reference, ReferenceError};
+pub use store::ImageStore;
 
 /// A ready image as one reference sees it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -14,7 +41,7 @@ pub struct Image {
     pub name: String,
     /// Manifest digest, `sha256:<64 hex>`.
     pub digest: String,
-    /// RFC 3339 UTC.
+    /// RFC 3339 UTC: when this host first pointed this name at this digest.
     pub created_at: String,
     /// `linux/amd64`.
     pub platform: String,
@@ -41,12 +68,25 @@ pub struct ImageConfig {
 }
 
 /// What an import is doing, for progress displays.
+///
+/// The order is `Reading`, then `Layer` events with growing `index` and, within one index, growing
+/// `bytes`, then `Building`, then `Done`. An image whose content is already here has no `Layer` and
+/// no `Building`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ImportEvent {
-    Reading { source: String },
-    Layer { index: usize, count: usize, bytes: u64 },
+    Reading {
+        source: String,
+    },
+    /// `index` counts from 0; `bytes` of this layer's uncompressed archive have been unpacked.
+    Layer {
+        index: usize,
+        count: usize,
+        bytes: u64,
+    },
     Building,
-    Done { digest: String },
+    Done {
+        digest: String,
+    },
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -57,10 +97,18 @@ pub enum ImageError {
     NotFound(String),
     /// Content does not hash to what the manifest says.
     #[error("{what}: digest is {found}, expected {expected}")]
-    Digest { what: String, expected: String, found: String },
+    Digest {
+        what: String,
+        expected: String,
+        found: String,
+    },
     /// An archive entry that would leave its folder, or another thing no honest image has.
     #[error("layer {layer}: entry {entry:?}: {reason}")]
-    Unsafe { layer: String, entry: String, reason: String },
+    Unsafe {
+        layer: String,
+        entry: String,
+        reason: String,
+    },
     #[error("{path}: {reason}")]
     Format { path: PathBuf, reason: String },
     #[error("platform {wanted:?} is not in this image; it has {found}")]
@@ -69,46 +117,27 @@ pub enum ImageError {
     #[error("{what}; {mend}")]
     Missing { what: String, mend: String },
     #[error("{context}")]
-    Io { context: String, #[source] source: std::io::Error },
+    Io {
+        context: String,
+        #[source]
+        source: io::Error,
+    },
 }
 
-/// All images below one folder. Cheap to clone; methods block, call them off the async threads.
-#[derive(Debug, Clone)]
-pub struct ImageStore {
-    root: PathBuf,
-}
+impl ImageError {
+    /// For `map_err`: says what was being done when the system refused.
+    pub(crate) fn io<E: Into<io::Error>>(context: impl Into<String>) -> impl FnOnce(E) -> Self {
+        let context = context.into();
+        move |source| Self::Io {
+            context,
+            source: source.into(),
+        }
+    }
 
-impl ImageStore {
-    /// Opens or creates the store and removes what an interrupted import left.
-    pub fn open(root: &Path) -> Result<Self, ImageError> {
-        let _ = root;
-        unimplemented!()
-    }
-    /// Imports from an OCI layout (directory or tar) or a docker archive, and points `name` at it.
-    /// Nothing is visible before everything is durable.
-    pub fn import(
-        &self,
-        name: &str,
-        path: &Path,
-        platform: Option<&str>,
-        tags: BTreeMap<String, String>,
-        progress: &mut dyn FnMut(ImportEvent),
-    ) -> Result<Image, ImageError> {
-        let _ = (name, path, platform, tags, progress, &self.root);
-        unimplemented!()
-    }
-    /// Any equivalent form of the name: short, tagged, `name@sha256:...`, `name:tag@sha256:...`.
-    pub fn get(&self, name: &str) -> Result<Image, ImageError> {
-        Err(ImageError::NotFound(name.to_owned()))
-    }
-    /// All references, sorted by name.
-    pub fn list(&self) -> Result<Vec<Image>, ImageError> {
-        unimplemented!()
-    }
-    /// Removes the reference; the content goes too when no other reference and no digest in
-    /// `in_use` needs it.
-    pub fn delete(&self, name: &str, in_use: &dyn Fn(&str) -> bool) -> Result<(), ImageError> {
-        let _ = (name, in_use);
-        unimplemented!()
+    pub(crate) fn format(path: &Path, reason: impl Into<String>) -> Self {
+        Self::Format {
+            path: path.to_owned(),
+            reason: reason.into(),
+        }
     }
 }
