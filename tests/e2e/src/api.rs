@@ -143,6 +143,17 @@ impl Api {
     pub async fn post(&self, path: &str, body: Value) -> Result<Reply> {
         self.send(Method::POST, path, Some(&body)).await
     }
+    /// A read whose body is received and not looked at, for measurements.
+    pub async fn fetch(&self, path: &str) -> Result<()> {
+        let answer = self.request(Method::GET, path).send().await?;
+        ensure!(
+            answer.status().is_success(),
+            "GET {path}: {}",
+            answer.status()
+        );
+        answer.bytes().await?;
+        Ok(())
+    }
     /// Without body and content type.
     pub async fn post_empty(&self, path: &str) -> Result<Reply> {
         self.send(Method::POST, path, None).await

@@ -215,19 +215,28 @@ where
         let outcome = attempt((case.body)(&world), case.deadline).await;
         let outcome = match outcome {
             Ok(()) => Ok(()),
-            Err(e) => Err(format!("{e:?}\n{}", world.diagnose().await)),
+            Err(e) => Err(format!("{}\n{}", chain(&e), world.diagnose().await)),
         };
         note(&name, started.elapsed(), outcome);
     }
     let started = Instant::now();
     if let Err(e) = attempt(world.tear_down(), Duration::from_secs(120)).await {
-        let report = format!("{e:?}\n{}", world.diagnose().await);
+        let report = format!("{}\n{}", chain(&e), world.diagnose().await);
         note(
             &format!("{}::(tear-down)", group.name),
             started.elapsed(),
             Err(report),
         );
     }
+}
+
+/// An error and its causes, on one line; the first line of a report is what the summary repeats.
+fn chain(error: &anyhow::Error) -> String {
+    let causes: Vec<String> = error
+        .chain()
+        .map(|cause| cause.to_string().trim().to_owned())
+        .collect();
+    causes.join(": ")
 }
 
 /// An error, a panic and a hang are all the same thing here: a failure with a reason.

@@ -147,7 +147,7 @@ impl Server {
         };
         if let Err(e) = outcome {
             let _gone_already_is_fine = child.start_kill();
-            return Err(e.context(self.log_tail()));
+            return Err(anyhow!("{e:#}\n{}", self.log_tail()));
         }
         *slot = Some(child);
         Ok(())
