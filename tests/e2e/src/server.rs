@@ -54,7 +54,7 @@ pub struct Server {
     pub data_dir: PathBuf,
     pub config: PathBuf,
     pub bridge: String,
-    /// Third octet-less prefix of the guests' subnet: `10.N.0`.
+    /// The first three octets of the gateway and the first guests; the subnet is `10.N.0.0/16`.
     pub subnet: String,
     pub log: PathBuf,
     base_url: String,
@@ -83,7 +83,7 @@ impl Server {
                 "data_dir = {data_dir:?}\nlisten = \"127.0.0.1:{port}\"\n\n\
                  [hypervisor]\ndefault = {:?}\naccel = \"tcg\"\nqemu_path = {qemu:?}\n\n\
                  [kernel]\nimage = {kernel:?}\nmodules = {:?}\n\n\
-                 [network]\nenabled = true\nbridge = {bridge:?}\nsubnet = \"{subnet}.0/24\"\n{}\n\n\
+                 [network]\nenabled = true\nbridge = {bridge:?}\nsubnet = \"{subnet}.0/16\"\n{}\n\n\
                  [limits]\n{}\n",
                 options.default_hypervisor, tools.modules, options.network_extra, options.limits
             ),

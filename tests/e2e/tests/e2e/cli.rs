@@ -53,7 +53,7 @@ async fn cli_walk_through(world: &World) -> Result<()> {
     let name = world.unique("cli");
     let out = doze(
         world,
-        &["run", "-d", "--name", &name, "--size", "256MB", "tiny"],
+        &["run", "-d", "--name", &name, "--memory", "256MB", "tiny"],
     )
     .await?
     .ok()?;
@@ -65,7 +65,9 @@ async fn cli_walk_through(world: &World) -> Result<()> {
         out.contains(&id) || out.contains(&name),
         "run -d said {out:?}"
     );
-    doze(world, &["wait", &name, "Running"]).await?.ok()?;
+    doze(world, &["wait", "--state", "Running", &name])
+        .await?
+        .ok()?;
     ensure!(doze(world, &["ps"]).await?.ok()?.contains(&name));
     let listed: Value = serde_json::from_str(&doze(world, &["ps", "--json"]).await?.ok()?)?;
     ensure!(

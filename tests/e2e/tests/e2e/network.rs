@@ -214,7 +214,7 @@ async fn network_of_the_guest(world: &World) -> Result<()> {
     )
     .await?;
     ensure!(
-        have.contains(&format!("inet {ip}/24")) && have.contains(mac),
+        have.contains(&format!("inet {ip}/16")) && have.contains(mac),
         "{have}"
     );
     ensure!(
