@@ -14,4 +14,6 @@ pub mod clock;
 pub mod files;
 pub mod net;
 pub mod process;
+pub mod tsc;
 pub mod virt;
+pub mod watch;
