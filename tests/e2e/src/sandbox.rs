@@ -103,9 +103,7 @@ fn supervise() -> Result<ExitCode> {
     );
     sweep()?;
     let netns = format!("{PREFIX}{}", std::process::id());
-    // Short on purpose: a unix socket's path holds at most 107 bytes.
-    let base = env::var_os("DOZE_E2E_DIR").map_or_else(env::temp_dir, PathBuf::from);
-    let home = base.join(&netns);
+    let home = base().join(&netns);
     let sandbox = Sandbox { netns, home };
     let outcome = build(&sandbox).and_then(|()| run_inner(&sandbox));
     let cleanup = tear_down(&sandbox);
@@ -114,6 +112,11 @@ fn supervise() -> Result<ExitCode> {
         (Err(e), Ok(())) | (Ok(_), Err(e)) => Err(e),
         (Err(e), Err(also)) => Err(e.context(format!("and the clean-up failed: {also:#}"))),
     }
+}
+
+/// Where runs put their folders. Short on purpose: a unix socket's path holds at most 107 bytes.
+fn base() -> PathBuf {
+    env::var_os("DOZE_E2E_DIR").map_or_else(env::temp_dir, PathBuf::from)
 }
 
 fn build(sandbox: &Sandbox) -> Result<()> {
@@ -271,6 +274,12 @@ fn sweep() -> Result<()> {
         if pid.bytes().all(|b| b.is_ascii_digit()) && !Path::new("/proc").join(pid).exists() {
             eprintln!("e2e: removing {name}, left by a run that was killed");
             remove_netns(&name)?;
+            match fs::remove_dir_all(base().join(&name)) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                    return Err(e).with_context(|| format!("remove its folder {name}"));
+                }
+                _ => {}
+            }
         }
     }
     Ok(())
