@@ -193,12 +193,19 @@ pub enum VmmError {
     Unsupported(String),
     /// The VMM refused a command.
     #[error("{command}: the VMM answered: {message}")]
-    Refused { command: &'static str, message: String },
+    Refused {
+        command: &'static str,
+        message: String,
+    },
     #[error("{command}: no answer from the VMM within {seconds} s")]
     Timeout { command: &'static str, seconds: u64 },
     /// The process ended by itself; `log` holds the last lines it wrote.
     #[error("the VMM exited during {during}: {log}")]
     Exited { during: &'static str, log: String },
     #[error("{context}")]
-    Io { context: String, #[source] source: std::io::Error },
+    Io {
+        context: String,
+        #[source]
+        source: std::io::Error,
+    },
 }
