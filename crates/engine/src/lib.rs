@@ -9,17 +9,32 @@
 //! Each instance has one driver task that owns its record, its machine and its channel. Everyone
 //! else sends it commands and reads the latest view, so reads never wait. A caller that hangs up
 //! stops nothing.
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
-use doze_agent::{client::ExecSession, message::ExecRequest};
 use doze_host::net::NetworkConfig;
-use doze_image::{Image, ImportEvent};
 use doze_lifecycle::{Stamp, State};
-use doze_vmm::{Hypervisor, Probe, boot::KernelSource, qemu::QemuConfig};
+use doze_vmm::{Hypervisor, boot::KernelSource, qemu::QemuConfig};
 
+mod context;
+mod driver;
+mod engine;
 mod error;
+mod images;
+mod instance;
+mod kill;
+mod logs;
+mod ops;
+mod recovery;
+mod registry;
+mod seed;
+mod store;
 mod view;
+
+pub use engine::Engine;
 pub use error::EngineError;
+pub use kill::{KillPoint, KillSwitch};
+pub use seed::seed_stopped;
+pub use store::AddressPool;
 pub use view::{InstanceSpec, InstanceView, NetworkClaim};
 
 /// Everything the engine needs to know of the configuration.
@@ -37,6 +52,8 @@ pub struct EngineConfig {
     /// Name servers written into guests.
     pub dns: Vec<std::net::Ipv4Addr>,
     pub limits: Limits,
+    /// Where, if anywhere, this process is to die; for crash tests.
+    pub kill: KillSwitch,
 }
 
 #[derive(Debug, Clone)]
@@ -114,127 +131,5 @@ pub fn now() -> Stamp {
         boot_id: doze_host::clock::boot_id().unwrap_or_default(),
         boottime_us: u64::try_from(doze_host::clock::boottime().as_micros()).unwrap_or(u64::MAX),
         wall_us: doze_host::clock::wall_us(),
-    }
-}
-
-/// Handle to the engine; clones share it.
-#[derive(Clone)]
-pub struct Engine {
-    _inner: Arc<()>,
-}
-
-impl Engine {
-    /// Opens the store, prepares network and boot files lazily, reconciles every record with what is
-    /// really there, and reattaches running machines. Returns when all records are consistent.
-    pub async fn open(config: EngineConfig) -> Result<Self, EngineError> {
-        let _ = config;
-        unimplemented!()
-    }
-
-    /// Makes and boots an instance; answers when the guest's CPUs run (state `Initializing`).
-    pub async fn create(&self, request: CreateRequest) -> Result<InstanceView, EngineError> {
-        let _ = request;
-        unimplemented!()
-    }
-    /// Views in order of creation.
-    pub fn list(&self) -> Vec<Arc<InstanceView>> {
-        unimplemented!()
-    }
-    /// By id, exact name or unique id prefix, in this order.
-    pub fn get(&self, key: &str) -> Result<Arc<InstanceView>, EngineError> {
-        let _ = key;
-        unimplemented!()
-    }
-    /// Answers when the guest's CPUs run.
-    pub async fn start(
-        &self,
-        key: &str,
-        overrides: StartOverrides,
-    ) -> Result<Arc<InstanceView>, EngineError> {
-        let _ = (key, overrides);
-        unimplemented!()
-    }
-    /// Asks the program to end, then the machine; answers when the VMM is gone.
-    pub async fn stop(&self, key: &str) -> Result<Arc<InstanceView>, EngineError> {
-        let _ = key;
-        unimplemented!()
-    }
-    /// Answers when nothing of the instance is left.
-    pub async fn delete(&self, key: &str, graceful: bool) -> Result<(), EngineError> {
-        let _ = (key, graceful);
-        unimplemented!()
-    }
-    /// Answers when the state is reached, when it can no longer be reached without a new command
-    /// (terminal: Stopped or Standby with nothing in flight), or after `timeout`.
-    pub async fn wait(
-        &self,
-        key: &str,
-        target: State,
-        timeout: Duration,
-    ) -> Result<WaitOutcome, EngineError> {
-        let _ = (key, target, timeout);
-        unimplemented!()
-    }
-    /// Waits up to `wait_for_agent` for a booting guest's agent.
-    pub async fn exec(
-        &self,
-        key: &str,
-        request: ExecRequest,
-        wait_for_agent: Duration,
-    ) -> Result<ExecSession, EngineError> {
-        let _ = (key, request, wait_for_agent);
-        unimplemented!()
-    }
-    /// Lines without their newline, oldest first: the last `tail` ones (`None`: all), then, with `follow`, new ones as they
-    /// appear, until the instance is deleted or the receiver is dropped. Invalid UTF-8 is replaced.
-    pub async fn logs(
-        &self,
-        key: &str,
-        source: LogSource,
-        tail: Option<usize>,
-        follow: bool,
-    ) -> Result<tokio::sync::mpsc::Receiver<String>, EngineError> {
-        let _ = (key, source, tail, follow);
-        unimplemented!()
-    }
-
-    pub async fn image_import(
-        &self,
-        name: String,
-        path: PathBuf,
-        platform: Option<String>,
-        tags: BTreeMap<String, String>,
-        progress: tokio::sync::mpsc::UnboundedSender<ImportEvent>,
-    ) -> Result<Image, EngineError> {
-        let _ = (name, path, platform, tags, progress);
-        unimplemented!()
-    }
-    pub async fn image_list(&self) -> Result<Vec<Image>, EngineError> {
-        unimplemented!()
-    }
-    pub async fn image_get(&self, name: &str) -> Result<Image, EngineError> {
-        let _ = name;
-        unimplemented!()
-    }
-    /// Refused while an instance uses it.
-    pub async fn image_delete(&self, name: &str) -> Result<(), EngineError> {
-        let _ = name;
-        unimplemented!()
-    }
-
-    /// Every monitor this build has, sorted by name, with what the host lacks for it.
-    pub async fn monitors(&self) -> Vec<(Hypervisor, Probe)> {
-        unimplemented!()
-    }
-    /// `None` when the server has no network; otherwise the error when it could not be set up.
-    pub fn network(&self) -> Option<Result<NetworkConfig, String>> {
-        unimplemented!()
-    }
-    pub fn default_hypervisor(&self) -> Hypervisor {
-        unimplemented!()
-    }
-    /// Refuses new commands, lets running operations finish (up to `grace`), leaves VMs running.
-    pub async fn shutdown(&self, grace: Duration) {
-        let _ = grace;
     }
 }

@@ -20,6 +20,7 @@ impl FolderWatch {
         let fd = inotify::init(inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC)?;
         let kinds = inotify::WatchFlags::MODIFY
             | inotify::WatchFlags::CREATE
+            | inotify::WatchFlags::DELETE
             | inotify::WatchFlags::DELETE_SELF;
         inotify::add_watch(&fd, folder, kinds)?;
         // SAFETY: the descriptor is owned by the AsyncFd and neither replaced nor closed while in it.
@@ -27,7 +28,8 @@ impl FolderWatch {
         Ok(FolderWatch { events })
     }
 
-    /// Resolves when something was written or created; `false` when the folder itself is gone. Cancel-safe.
+    /// Resolves when something was written, created or removed; `false` when the folder itself is gone
+    /// (the kernel says so only once nobody holds a file of it open). Cancel-safe.
     ///
     /// # Errors
     /// Those of `read(2)` on the inotify descriptor.

@@ -18,7 +18,7 @@ use crate::{Ledger, Stamp, State};
 pub const RECORD_VERSION: u32 = 1;
 
 /// What the server is doing with an instance. Recorded before its first effect.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Operation {
     /// Until the CPUs first run; undone (the instance vanishes) when it fails before.
@@ -375,18 +375,17 @@ impl Record {
         };
     }
 
-    /// Reads a stored record of this or an older version.
+    /// Whether this program knows records of this version.
     ///
     /// # Errors
-    /// A message when it is not a record or is newer than this program.
-    pub fn from_json(text: &str) -> Result<Record, String> {
-        let record: Record = serde_json::from_str(text).map_err(|e| format!("record: {e}"))?;
-        if record.version > RECORD_VERSION {
+    /// Both versions, when the record is newer than the program.
+    pub fn check_version(&self) -> Result<(), String> {
+        if self.version > RECORD_VERSION {
             return Err(format!(
                 "record version {} is newer than this program's {RECORD_VERSION}",
-                record.version
+                self.version
             ));
         }
-        Ok(record)
+        Ok(())
     }
 }

@@ -1,0 +1,224 @@
+//! What every driver shares: configuration, store, images, monitors, network, reservations.
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use doze_host::net::{NetError, Network, NetworkConfig};
+use doze_image::{Image, ImageError, ImageStore};
+use doze_vmm::{
+    Hypervisor, Monitor,
+    boot::{self, BootError, BootFiles},
+    qemu,
+};
+
+use crate::{EngineConfig, EngineError, kill::KillSwitch, store::Store};
+
+pub struct Context {
+    pub config: EngineConfig,
+    pub store: Store,
+    pub images: ImageStore,
+    pub monitors: BTreeMap<Hypervisor, Arc<dyn Monitor>>,
+    pub kill: KillSwitch,
+    network: tokio::sync::Mutex<Option<Network>>,
+    /// Outcome of the last attempt to set the network up, for readers that must not wait.
+    network_error: Mutex<Option<String>>,
+    memory: Mutex<HashMap<String, u64>>,
+    total_memory: u64,
+}
+
+impl Context {
+    pub fn new(
+        config: EngineConfig,
+        store: Store,
+        images: ImageStore,
+        kill: KillSwitch,
+        total_memory: u64,
+    ) -> Context {
+        let monitors = [Hypervisor::Qemu, Hypervisor::QemuMicrovm]
+            .into_iter()
+            .map(|kind| (kind, qemu::monitor(kind, config.qemu.clone())))
+            .collect();
+        Context {
+            config,
+            store,
+            images,
+            monitors,
+            kill,
+            network: tokio::sync::Mutex::new(None),
+            network_error: Mutex::new(None),
+            memory: Mutex::new(HashMap::new()),
+            total_memory,
+        }
+    }
+
+    /// Folder of one instance; everything it has lies below.
+    pub fn instance_dir(&self, id: &str) -> PathBuf {
+        self.config.data_dir.join("instances").join(id)
+    }
+
+    pub fn monitor(&self, kind: Hypervisor) -> Result<&Arc<dyn Monitor>, EngineError> {
+        self.monitors
+            .get(&kind)
+            .ok_or_else(|| EngineError::NotImplemented {
+                field: format!("hypervisor {}", wire_name(kind)),
+            })
+    }
+
+    /// The network, set up on first use and tried again after a failure. `None`: switched off.
+    pub async fn network(&self) -> Result<Option<Network>, EngineError> {
+        let Some(config) = &self.config.network else {
+            return Ok(None);
+        };
+        let mut slot = self.network.lock().await;
+        if slot.is_none() {
+            let outcome = Network::ensure(config.clone()).await;
+            *lock(&self.network_error) = outcome.as_ref().err().map(ToString::to_string);
+            *slot = Some(outcome.map_err(net_error)?);
+        }
+        Ok(slot.clone())
+    }
+
+    pub fn network_status(&self) -> Option<Result<NetworkConfig, String>> {
+        let config = self.config.network.clone()?;
+        Some(match lock(&self.network_error).clone() {
+            Some(error) => Err(error),
+            None => Ok(config),
+        })
+    }
+
+    /// Kernel and initramfs, prepared once and found again afterwards.
+    pub async fn boot_files(&self) -> Result<BootFiles, EngineError> {
+        let source = self.config.kernel.clone();
+        let cache = self.config.data_dir.join("boot");
+        blocking("preparing kernel and initramfs", move || {
+            boot::prepare(&source, &cache)
+        })
+        .await?
+        .map_err(boot_error)
+    }
+
+    pub async fn image(&self, name: &str) -> Result<Image, EngineError> {
+        let (images, name) = (self.images.clone(), name.to_owned());
+        blocking("looking up an image", move || images.get(&name))
+            .await?
+            .map_err(image_error)
+    }
+
+    /// The image an instance was made from, whatever its reference points to now.
+    pub async fn image_by_digest(&self, digest: &str) -> Result<Image, EngineError> {
+        let (images, digest) = (self.images.clone(), digest.to_owned());
+        blocking("looking up an image", move || images.by_digest(&digest))
+            .await?
+            .map_err(image_error)
+    }
+
+    /// Books RAM for a machine that is about to exist; booking again for the same instance is fine.
+    pub fn reserve_memory(&self, id: &str, bytes: u64) -> Result<(), EngineError> {
+        let limit = self
+            .config
+            .limits
+            .max_total_memory
+            .unwrap_or(self.total_memory);
+        let mut booked = lock(&self.memory);
+        let others: u64 = booked
+            .iter()
+            .filter(|(k, _)| *k != id)
+            .map(|(_, v)| v)
+            .sum();
+        let available = limit.saturating_sub(others);
+        if bytes > available {
+            return Err(EngineError::Capacity {
+                resource: "memory",
+                wanted: mib(bytes),
+                available: mib(available),
+                limit: format!(
+                    "limits.max_total_memory, {} for all running instances",
+                    mib(limit)
+                ),
+            });
+        }
+        booked.insert(id.to_owned(), bytes);
+        Ok(())
+    }
+
+    pub fn release_memory(&self, id: &str) {
+        lock(&self.memory).remove(id);
+    }
+}
+
+fn mib(bytes: u64) -> String {
+    format!("{} MiB", bytes >> 20)
+}
+
+/// The values behind our own mutexes stay usable after a panic elsewhere: each is one whole assignment.
+pub fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The wire's name of a monitor.
+pub fn wire_name(kind: Hypervisor) -> &'static str {
+    match kind {
+        Hypervisor::Qemu => "qemu",
+        Hypervisor::QemuMicrovm => "qemu-microvm",
+        Hypervisor::CloudHypervisor => "cloud-hypervisor",
+        Hypervisor::Firecracker => "firecracker",
+    }
+}
+
+/// Runs a blocking piece of work off the async threads.
+pub async fn blocking<T: Send + 'static>(
+    what: &str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, EngineError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|e| EngineError::Internal {
+            context: what.to_owned(),
+            reason: e.to_string(),
+        })
+}
+
+pub fn io_error(context: impl Into<String>) -> impl FnOnce(std::io::Error) -> EngineError {
+    let context = context.into();
+    move |e| EngineError::Internal {
+        context,
+        reason: e.to_string(),
+    }
+}
+
+pub fn net_error(error: NetError) -> EngineError {
+    match error {
+        NetError::Missing { what, mend } => EngineError::DependencyMissing { what, mend },
+        NetError::Failed { context, message } => EngineError::Internal {
+            context,
+            reason: message,
+        },
+    }
+}
+
+fn boot_error(error: BootError) -> EngineError {
+    match error {
+        BootError::Kernel { .. } => EngineError::DependencyMissing {
+            what: error.to_string(),
+            mend: "set [kernel] image to a readable kernel".into(),
+        },
+        BootError::Modules { .. } => EngineError::DependencyMissing {
+            what: error.to_string(),
+            mend: "set [kernel] modules to that kernel's module tree".into(),
+        },
+        BootError::Io { context, source } => EngineError::Internal {
+            context,
+            reason: source.to_string(),
+        },
+    }
+}
+
+pub fn image_error(error: ImageError) -> EngineError {
+    match error {
+        ImageError::NotFound(name) => EngineError::ImageNotFound { name },
+        ImageError::Missing { what, mend } => EngineError::DependencyMissing { what, mend },
+        other => EngineError::Image(other),
+    }
+}

@@ -1,0 +1,508 @@
+//! The engine's public face: finds the driver, sends the command, hands out views.
+use std::{
+    collections::HashSet,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use doze_agent::{
+    client::{AgentError, ExecSession},
+    message::ExecRequest,
+};
+use doze_host::net::NetworkConfig;
+use doze_image::ImageStore;
+use doze_lifecycle::{Admission, Command, Record, State, admission::admit};
+use doze_vmm::{Hypervisor, Probe};
+use futures::{StreamExt, stream};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::{
+    CreateRequest, EngineConfig, EngineError, InstanceSpec, InstanceView, LogSource,
+    StartOverrides, WaitOutcome,
+    context::{Context, blocking, image_error, io_error},
+    driver::{self, Message, Reply},
+    instance::{APP_LOG, Instance, OPERATIONS_LOG, VMM_LOG, store_error},
+    logs, now, recovery,
+    registry::{Entry, Registry},
+    store::{AddressPool, Document, Store, StoredInstance},
+};
+
+/// Commands that may wait in one driver's mailbox.
+const MAILBOX: usize = 64;
+/// Instances whose recovery runs at the same time.
+const RECOVERIES: usize = 8;
+/// A unix socket's path holds at most this many bytes (`unix(7)`: sun_path, with its NUL).
+const MAX_SOCKET_PATH: usize = 107;
+
+pub(crate) struct Shared {
+    pub ctx: Arc<Context>,
+    pub registry: Registry,
+    closing: AtomicBool,
+}
+
+/// Handle to the engine; clones share it.
+#[derive(Clone)]
+pub struct Engine {
+    pub(crate) shared: Arc<Shared>,
+}
+
+impl Engine {
+    /// Opens the store, reconciles every record with what is really there, and reattaches running
+    /// machines. Returns when all records are consistent.
+    pub async fn open(config: EngineConfig) -> Result<Self, EngineError> {
+        check_data_dir(&config.data_dir)?;
+        let dir = config.data_dir.clone();
+        let (store, stored, images, memory) = blocking("opening the data folder", move || {
+            doze_host::files::create_private_dir(&dir).map_err(io_error("data_dir"))?;
+            let (store, stored) = Store::open(&dir.join("doze.db")).map_err(store_error)?;
+            let images = ImageStore::open(&dir.join("images")).map_err(image_error)?;
+            let memory = total_memory().map_err(io_error("reading /proc/meminfo"))?;
+            Ok::<_, EngineError>((store, stored, images, memory))
+        })
+        .await??;
+        let kill = config.kill.clone();
+        let ctx = Arc::new(Context::new(config, store, images, kill, memory));
+        let known: HashSet<String> = stored.iter().map(|i| i.id.clone()).collect();
+        recovery::sweep(&ctx, &known).await?;
+        let engine = Engine {
+            shared: Arc::new(Shared {
+                ctx,
+                registry: Registry::default(),
+                closing: AtomicBool::new(false),
+            }),
+        };
+        engine.recover(stored).await;
+        Ok(engine)
+    }
+
+    /// A record that cannot be made true keeps its instance visible and the server up; the reason is in
+    /// the log and asking again (start, stop, delete) tries again.
+    async fn recover(&self, stored: Vec<StoredInstance>) {
+        let waiting: Vec<_> = stored
+            .into_iter()
+            .filter_map(|stored| {
+                let (instance, published) = Instance::new(self.shared.ctx.clone(), stored);
+                let needed = recovery::is_needed(&instance);
+                let entry = self.drive(instance, published);
+                needed.then_some(entry)
+            })
+            .collect();
+        stream::iter(waiting)
+            .for_each_concurrent(RECOVERIES, |entry| async move {
+                let id = entry.view().id.clone();
+                let outcome = ask(&entry, |reply| Message::Recover { reply }).await;
+                if let Err(error) = outcome {
+                    tracing::error!(instance = %id, %error, "recovery failed");
+                }
+            })
+            .await;
+    }
+
+    fn drive(
+        &self,
+        instance: Instance,
+        published: tokio::sync::watch::Receiver<crate::instance::Published>,
+    ) -> Entry {
+        let (mailbox, messages) = mpsc::channel(MAILBOX);
+        let entry = Entry {
+            mailbox,
+            published: published.clone(),
+        };
+        let view = entry.view();
+        self.shared.registry.add(&view, entry.clone());
+        let task = tokio::spawn(driver::run(instance, published, messages));
+        let (shared, id) = (self.shared.clone(), view.id.clone());
+        tokio::spawn(async move {
+            if let Err(error) = task.await {
+                tracing::error!(instance = %id, %error, "a driver failed; the server must be restarted");
+                return;
+            }
+            // A retired driver's instance is still there; the server is about to end.
+            if !shared.closing.load(Ordering::Acquire) {
+                shared.registry.remove(&id);
+            }
+        });
+        entry
+    }
+
+    fn check_open(&self) -> Result<(), EngineError> {
+        if self.shared.closing.load(Ordering::Acquire) {
+            return Err(EngineError::ShuttingDown);
+        }
+        Ok(())
+    }
+
+    /// Makes and boots an instance; answers when the guest's CPUs run (state `Initializing`).
+    pub async fn create(&self, request: CreateRequest) -> Result<InstanceView, EngineError> {
+        self.check_open()?;
+        let name = request.name.clone();
+        let spec = self.plan(request).await?;
+        let ctx = &self.shared.ctx;
+        let pool = match (&ctx.config.network, spec.network_enabled) {
+            (Some(network), true) => Some(AddressPool {
+                subnet: network.subnet,
+                gateway: network.gateway,
+            }),
+            (Some(_), false) | (None, false) => None,
+            (None, true) => {
+                return Err(EngineError::InvalidField {
+                    code: "invalid_field",
+                    field: "network.enabled".into(),
+                    value: "true".into(),
+                    allowed: "false, because this server's network is switched off".into(),
+                });
+            }
+        };
+        let at = now();
+        let document = Document {
+            spec,
+            record: Record::creating(at.clone()),
+            machine: None,
+        };
+        let mut stored = StoredInstance {
+            id: new_id(),
+            name,
+            created_at_us: at.wall_us,
+            claim: None,
+            document,
+        };
+        stored.claim = ctx
+            .store
+            .insert(stored.clone(), pool)
+            .await
+            .map_err(store_error)?;
+        let (instance, published) = Instance::new(ctx.clone(), stored);
+        let entry = self.drive(instance, published);
+        // The driver goes on whether or not anybody waits here.
+        let view = ask(&entry, |reply| Message::Create { reply }).await?;
+        Ok((*view).clone())
+    }
+
+    /// Checks a request against images and limits and fills in the defaults.
+    async fn plan(&self, request: CreateRequest) -> Result<InstanceSpec, EngineError> {
+        let ctx = &self.shared.ctx;
+        let limits = &ctx.config.limits;
+        if self.shared.registry.len() >= limits.max_instances {
+            return Err(EngineError::Capacity {
+                resource: "instances",
+                wanted: "1".into(),
+                available: "0".into(),
+                limit: format!("limits.max_instances, {}", limits.max_instances),
+            });
+        }
+        let vcpus = request.vcpus.unwrap_or(limits.default_vcpus);
+        within(
+            "vcpus",
+            u64::from(vcpus),
+            1,
+            u64::from(limits.max_vcpus_per_instance),
+            "",
+        )?;
+        let memory = request.memory_bytes.unwrap_or(limits.default_memory);
+        within(
+            "size",
+            memory,
+            MIN_MEMORY,
+            limits.max_memory_per_instance,
+            " bytes",
+        )?;
+        let overlay = request.overlay_bytes.unwrap_or(limits.default_overlay);
+        within(
+            "overlay_size",
+            overlay,
+            MIN_OVERLAY,
+            limits.max_overlay,
+            " bytes",
+        )?;
+        let hypervisor = request.hypervisor.unwrap_or(ctx.config.default_hypervisor);
+        ctx.monitor(hypervisor)?;
+        let image = ctx.image(&request.image).await?;
+        if let Some(platform) = request.platform.filter(|wanted| *wanted != image.platform) {
+            return Err(EngineError::InvalidField {
+                code: "invalid_platform",
+                field: "platform".into(),
+                value: platform,
+                allowed: format!("{}, which {} is", image.platform, image.name),
+            });
+        }
+        Ok(InstanceSpec {
+            image: image.name,
+            image_digest: image.digest,
+            platform: image.platform,
+            hypervisor,
+            vcpus,
+            // Machines are built in whole MiB.
+            memory_bytes: memory.next_multiple_of(1 << 20),
+            overlay_bytes: overlay.next_multiple_of(1 << 20),
+            env: request.env,
+            entrypoint: request.entrypoint,
+            cmd: request.cmd,
+            tags: request.tags,
+            network_enabled: request
+                .network_enabled
+                .unwrap_or(ctx.config.network.is_some()),
+            skip_guest_agent: request.skip_guest_agent,
+        })
+    }
+
+    /// Views in order of creation.
+    pub fn list(&self) -> Vec<Arc<InstanceView>> {
+        let mut views: Vec<_> = self.shared.registry.all().iter().map(Entry::view).collect();
+        views.sort_by(|a, b| (a.created_at_us, &a.id).cmp(&(b.created_at_us, &b.id)));
+        views
+    }
+
+    /// By id, exact name or unique id prefix, in this order.
+    pub fn get(&self, key: &str) -> Result<Arc<InstanceView>, EngineError> {
+        Ok(self.shared.registry.find(key)?.view())
+    }
+
+    /// Answers when the guest's CPUs run.
+    pub async fn start(
+        &self,
+        key: &str,
+        overrides: StartOverrides,
+    ) -> Result<Arc<InstanceView>, EngineError> {
+        self.command(key, |reply| Message::Start { overrides, reply })
+            .await
+    }
+
+    /// Asks the program to end, then the machine; answers when the VMM is gone.
+    pub async fn stop(&self, key: &str) -> Result<Arc<InstanceView>, EngineError> {
+        self.command(key, |reply| Message::Stop { reply }).await
+    }
+
+    /// Answers when nothing of the instance is left.
+    pub async fn delete(&self, key: &str, graceful: bool) -> Result<(), EngineError> {
+        self.command(key, |reply| Message::Delete { graceful, reply })
+            .await
+            .map(drop)
+    }
+
+    async fn command(
+        &self,
+        key: &str,
+        message: impl FnOnce(Reply) -> Message,
+    ) -> Result<Arc<InstanceView>, EngineError> {
+        self.check_open()?;
+        ask(&self.shared.registry.find(key)?, message).await
+    }
+
+    /// Answers when the state is reached, when it can no longer be reached without a new command
+    /// (Stopped or Standby with nothing in flight), or after `timeout`.
+    pub async fn wait(
+        &self,
+        key: &str,
+        target: State,
+        timeout: Duration,
+    ) -> Result<WaitOutcome, EngineError> {
+        let mut published = self.shared.registry.find(key)?.published;
+        let settled = async {
+            published
+                .wait_for(|p| is_settled(&p.view, target))
+                .await
+                .map(|found| found.view.clone())
+        };
+        match tokio::time::timeout(timeout, settled).await {
+            Ok(Ok(view)) => Ok(outcome(&view, false)),
+            // The driver ended: the instance was deleted while we waited.
+            Ok(Err(_)) => Err(EngineError::NotFound {
+                what: "instance",
+                id: key.to_owned(),
+            }),
+            Err(_) => Ok(outcome(&published.borrow().view, true)),
+        }
+    }
+
+    /// Waits up to `wait_for_agent` for a booting guest's agent.
+    pub async fn exec(
+        &self,
+        key: &str,
+        request: ExecRequest,
+        wait_for_agent: Duration,
+    ) -> Result<ExecSession, EngineError> {
+        self.check_open()?;
+        let mut published = self.shared.registry.find(key)?.published;
+        let deadline = tokio::time::Instant::now() + wait_for_agent;
+        loop {
+            let now = published.borrow_and_update().clone();
+            let record = &now.view.record;
+            match admit(record.state(), record.operation(), Command::Exec) {
+                Admission::Refuse(refusal) => {
+                    return Err(EngineError::InvalidState {
+                        state: record.state(),
+                        refusal,
+                    });
+                }
+                Admission::Run if now.view.spec.skip_guest_agent => {
+                    let reason = "the instance was created with skip_guest_agent".to_owned();
+                    return Err(AgentError::Refused(reason).into());
+                }
+                Admission::Run if record.agent_ready() => {
+                    if let Some(agent) = now.agent {
+                        return agent.exec(request).await.map_err(EngineError::from);
+                    }
+                }
+                Admission::Run
+                | Admission::Wait
+                | Admission::NoOp
+                | Admission::Join
+                | Admission::Interrupt => {}
+            }
+            if tokio::time::timeout_at(deadline, published.changed())
+                .await
+                .is_err()
+            {
+                let reason = format!(
+                    "it was not ready within {wait_for_agent:?}; raise wait_for_agent or wait for Running"
+                );
+                return Err(AgentError::Unavailable(reason).into());
+            }
+        }
+    }
+
+    /// Lines without their newline, oldest first: the last `tail` ones (`None`: all), then, with
+    /// `follow`, new ones as they appear, until the instance is deleted or the receiver is dropped.
+    pub async fn logs(
+        &self,
+        key: &str,
+        source: LogSource,
+        tail: Option<usize>,
+        follow: bool,
+    ) -> Result<mpsc::Receiver<String>, EngineError> {
+        let view = self.get(key)?;
+        let name = match source {
+            LogSource::App => APP_LOG,
+            LogSource::Vmm => VMM_LOG,
+            LogSource::Operations => OPERATIONS_LOG,
+        };
+        Ok(logs::stream(
+            self.shared.ctx.instance_dir(&view.id).join(name),
+            tail,
+            follow,
+        ))
+    }
+
+    /// Every monitor this build has, sorted by name, with what the host lacks for it.
+    pub async fn monitors(&self) -> Vec<(Hypervisor, Probe)> {
+        let mut all = Vec::new();
+        for (kind, monitor) in &self.shared.ctx.monitors {
+            all.push((*kind, monitor.probe().await));
+        }
+        all
+    }
+
+    /// `None` when the server has no network; otherwise the error when it could not be set up.
+    pub fn network(&self) -> Option<Result<NetworkConfig, String>> {
+        self.shared.ctx.network_status()
+    }
+
+    pub fn default_hypervisor(&self) -> Hypervisor {
+        self.shared.ctx.config.default_hypervisor
+    }
+
+    /// Refuses new commands, lets running operations finish (up to `grace`), leaves VMs running.
+    pub async fn shutdown(&self, grace: Duration) {
+        self.shared.closing.store(true, Ordering::Release);
+        let retired = stream::iter(self.shared.registry.all()).for_each_concurrent(
+            None,
+            |entry| async move {
+                let (reply, answer) = oneshot::channel();
+                // A driver that is gone already has nothing to finish.
+                if entry.mailbox.send(Message::Retire { reply }).await.is_ok() {
+                    let _ = answer.await;
+                }
+            },
+        );
+        if tokio::time::timeout(grace, retired).await.is_err() {
+            tracing::warn!("operations still run; the next start finishes or undoes them");
+        }
+    }
+}
+
+const MIN_MEMORY: u64 = 64 << 20;
+const MIN_OVERLAY: u64 = 8 << 20;
+
+fn within(field: &str, value: u64, least: u64, most: u64, unit: &str) -> Result<(), EngineError> {
+    if (least..=most).contains(&value) {
+        return Ok(());
+    }
+    Err(EngineError::InvalidField {
+        code: if unit.is_empty() {
+            "invalid_field"
+        } else {
+            "invalid_size"
+        },
+        field: field.into(),
+        value: format!("{value}{unit}"),
+        allowed: format!("{least} to {most}{unit}"),
+    })
+}
+
+async fn ask(
+    entry: &Entry,
+    message: impl FnOnce(Reply) -> Message,
+) -> Result<Arc<InstanceView>, EngineError> {
+    let (reply, answer) = oneshot::channel();
+    let gone = || EngineError::NotFound {
+        what: "instance",
+        id: entry.view().id.clone(),
+    };
+    entry
+        .mailbox
+        .send(message(reply))
+        .await
+        .map_err(|_| gone())?;
+    answer.await.map_err(|_| gone())?
+}
+
+fn is_settled(view: &InstanceView, target: State) -> bool {
+    let terminal = match view.state() {
+        State::Stopped | State::Standby => true,
+        State::Created | State::Initializing | State::Running | State::Paused | State::Shutdown => {
+            false
+        }
+    };
+    view.state() == target || (terminal && view.record.operation().is_none())
+}
+
+fn outcome(view: &InstanceView, timed_out: bool) -> WaitOutcome {
+    WaitOutcome {
+        state: view.state(),
+        timed_out,
+        unknown: view.unknown.clone(),
+    }
+}
+
+/// CUID2 with its standard length of 24 characters.
+pub(crate) fn new_id() -> String {
+    cuid2::create_id()
+}
+
+/// Sockets live below the data folder; a path that is too long would fail at the first boot.
+fn check_data_dir(dir: &Path) -> Result<(), EngineError> {
+    let longest = dir.as_os_str().len() + "/instances/".len() + 24 + "/run/agent.sock".len();
+    if !dir.is_absolute() || longest > MAX_SOCKET_PATH {
+        return Err(EngineError::InvalidField {
+            code: "invalid_field",
+            field: "data_dir".into(),
+            value: dir.display().to_string(),
+            allowed: "an absolute path of at most 57 bytes (unix socket paths hold 107)".into(),
+        });
+    }
+    Ok(())
+}
+
+fn total_memory() -> std::io::Result<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo")?;
+    text.lines()
+        .find_map(|line| line.strip_prefix("MemTotal:"))
+        .and_then(|rest| rest.trim().strip_suffix("kB"))
+        .and_then(|kib| kib.trim().parse::<u64>().ok())
+        .map(|kib| kib << 10)
+        .ok_or_else(|| std::io::Error::other("MemTotal is not there"))
+}

@@ -1,0 +1,296 @@
+//! What a driver owns of its instance, and the one way to change it: `commit`.
+use std::{path::PathBuf, sync::Arc};
+
+use doze_agent::client::AgentClient;
+use doze_lifecycle::{Exit, Fact, ProcessRef, Record, Stamp};
+use doze_vmm::{Machine, MachineDescription, MachineStatus};
+use tokio::sync::watch;
+
+use crate::{
+    EngineError, InstanceSpec, InstanceView, NetworkClaim,
+    context::{Context, io_error},
+    kill::KillPoint,
+    now,
+    store::{Document, StoredInstance},
+};
+
+/// What readers get.
+#[derive(Clone)]
+pub struct Published {
+    pub view: Arc<InstanceView>,
+    /// The guest's channel while there is a machine.
+    pub agent: Option<AgentClient>,
+}
+
+/// A live VMM and the ways to hear from it and its guest.
+pub struct Live {
+    pub machine: Arc<dyn Machine>,
+    pub status: watch::Receiver<MachineStatus>,
+    pub agent: AgentClient,
+    pub guest: watch::Receiver<doze_agent::client::GuestView>,
+}
+
+impl Live {
+    pub fn new(machine: Box<dyn Machine>) -> Live {
+        let machine: Arc<dyn Machine> = Arc::from(machine);
+        let agent = AgentClient::connect(machine.agent_socket().to_owned());
+        Live {
+            status: machine.watch(),
+            guest: agent.view(),
+            machine,
+            agent,
+        }
+    }
+}
+
+/// One instance, owned by its driver; operations borrow it exclusively.
+pub struct Instance {
+    pub ctx: Arc<Context>,
+    pub id: String,
+    pub name: String,
+    pub created_at_us: i64,
+    pub spec: Arc<InstanceSpec>,
+    pub claim: Option<NetworkClaim>,
+    pub record: Arc<Record>,
+    /// Exact description of the machine of the current or last run.
+    pub description: Option<MachineDescription>,
+    pub live: Option<Live>,
+    published: watch::Sender<Published>,
+}
+
+impl Instance {
+    pub fn new(
+        ctx: Arc<Context>,
+        stored: StoredInstance,
+    ) -> (Instance, watch::Receiver<Published>) {
+        let spec = Arc::new(stored.document.spec);
+        let record = Arc::new(stored.document.record);
+        let view = Arc::new(InstanceView {
+            id: stored.id.clone(),
+            name: stored.name.clone(),
+            created_at_us: stored.created_at_us,
+            spec: spec.clone(),
+            network: stored.claim.clone(),
+            record: record.clone(),
+            unknown: None,
+        });
+        let (published, reader) = watch::channel(Published { view, agent: None });
+        let instance = Instance {
+            ctx,
+            id: stored.id,
+            name: stored.name,
+            created_at_us: stored.created_at_us,
+            spec,
+            claim: stored.claim,
+            record,
+            description: stored.document.machine,
+            live: None,
+            published,
+        };
+        (instance, reader)
+    }
+
+    pub fn dir(&self) -> PathBuf {
+        self.ctx.instance_dir(&self.id)
+    }
+
+    pub fn reach(&self, point: KillPoint) {
+        self.ctx.kill.reach(point);
+    }
+
+    /// Records a fact of this moment durably, then shows it.
+    pub async fn commit(&mut self, fact: Fact) -> Result<(), EngineError> {
+        self.commit_at(fact, &now()).await
+    }
+
+    /// Records a fact of an earlier moment. On error nothing has changed, neither on disk nor for readers.
+    pub async fn commit_at(&mut self, fact: Fact, at: &Stamp) -> Result<(), EngineError> {
+        let next = self
+            .record
+            .apply(&fact, at)
+            .map_err(|e| EngineError::Internal {
+                context: format!("recording {} of {}", fact.name(), self.id),
+                reason: e.to_string(),
+            })?;
+        let before = self.record.state();
+        let document = Document {
+            spec: (*self.spec).clone(),
+            record: next.clone(),
+            machine: self.description.clone(),
+        };
+        self.ctx
+            .store
+            .update(&self.id, document)
+            .await
+            .map_err(store_error)?;
+        self.record = Arc::new(next);
+        self.publish();
+        let after = self.record.state();
+        if before != after {
+            self.note(&format!("{before} -> {after} ({})", fact.name()));
+        }
+        Ok(())
+    }
+
+    /// Shows readers what stands now.
+    pub fn publish(&self) {
+        let view = Arc::new(InstanceView {
+            id: self.id.clone(),
+            name: self.name.clone(),
+            created_at_us: self.created_at_us,
+            spec: self.spec.clone(),
+            network: self.claim.clone(),
+            record: self.record.clone(),
+            unknown: None,
+        });
+        let agent = self.live.as_ref().map(|live| live.agent.clone());
+        self.published.send_replace(Published { view, agent });
+    }
+
+    /// What readers see now.
+    pub fn view(&self) -> Arc<InstanceView> {
+        self.published.borrow().view.clone()
+    }
+
+    /// Appends a line to the instance's operations log. It explains; it decides nothing, so a failure to
+    /// write it is only reported.
+    pub fn note(&self, line: &str) {
+        use std::{io::Write, os::unix::fs::OpenOptionsExt};
+        tracing::info!(instance = %self.id, name = %self.name, "{line}");
+        let stamp = time::OffsetDateTime::now_utc()
+            .format(&time::format_description::well_known::Rfc3339)
+            .unwrap_or_default();
+        let path = self.dir().join(OPERATIONS_LOG);
+        let written = std::fs::OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .open(&path)
+            .and_then(|mut file| writeln!(file, "{stamp} {line}"));
+        match written {
+            Ok(()) => {}
+            // Before its folder is made and after it is removed there is no place to write.
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => tracing::warn!(%error, path = %path.display(), "operations log"),
+        }
+    }
+
+    /// Kills the VMM if there is one, reaps it, and forgets its handles. The record is not touched.
+    pub async fn kill_machine(&mut self) -> Result<(), EngineError> {
+        if let Some(live) = self.live.as_ref() {
+            live.machine.kill().await.map_err(vmm_error)?;
+        }
+        if let Some(live) = self.live.take() {
+            live.agent.close().await;
+        }
+        let run = self.dir().join(RUN_DIR);
+        crate::context::blocking("removing sockets", move || {
+            doze_host::files::remove_tree(&run)
+        })
+        .await?
+        .map_err(io_error("removing the machine's sockets"))?;
+        self.ctx.release_memory(&self.id);
+        Ok(())
+    }
+
+    /// Kills the VMM if the record names one, and records that it is gone.
+    pub async fn end_machine(
+        &mut self,
+        killed: KillPoint,
+        failure: Option<String>,
+    ) -> Result<(), EngineError> {
+        self.kill_machine().await?;
+        self.reach(killed);
+        if self.record.machine().is_some() {
+            self.commit(Fact::MachineGone { failure }).await?;
+        }
+        Ok(())
+    }
+
+    /// Books the program's exit if it is not known yet: from the channel, else from the serial
+    /// console's marker, which is written before the guest powers off.
+    pub async fn collect_exit(&mut self) -> Result<(), EngineError> {
+        if self.record.exit().is_some() || self.record.boots() == 0 {
+            return Ok(());
+        }
+        let told = self
+            .live
+            .as_ref()
+            .and_then(|live| live.guest.borrow().program_exit.clone());
+        let exit = match told {
+            Some(exit) => Some(exit),
+            None => crate::logs::exit_marker(&self.dir().join(VMM_LOG)).await,
+        };
+        if let Some(exit) = exit {
+            let exit = Exit {
+                code: exit.code,
+                message: exit.message,
+            };
+            self.commit(Fact::ProgramExited(exit)).await?;
+        }
+        Ok(())
+    }
+}
+
+pub const RUN_DIR: &str = "run";
+pub const VMM_LOG: &str = "vmm.log";
+pub const APP_LOG: &str = "app.log";
+pub const OPERATIONS_LOG: &str = "operations.log";
+pub const MEMORY: &str = "memory";
+pub const OVERLAY: &str = "overlay.raw";
+pub const CONFIG: &str = "config.img";
+
+pub fn process_ref(id: &doze_host::process::ProcessId) -> ProcessRef {
+    ProcessRef {
+        pid: id.pid,
+        start_ticks: id.start_ticks,
+        boot_id: id.boot_id.clone(),
+    }
+}
+
+pub fn process_id(machine: &ProcessRef) -> doze_host::process::ProcessId {
+    doze_host::process::ProcessId {
+        pid: machine.pid,
+        start_ticks: machine.start_ticks,
+        boot_id: machine.boot_id.clone(),
+    }
+}
+
+pub fn vmm_error(error: doze_vmm::VmmError) -> EngineError {
+    match error {
+        doze_vmm::VmmError::Missing { what, mend } => EngineError::DependencyMissing { what, mend },
+        other => EngineError::Internal {
+            context: "machine monitor".into(),
+            reason: chain(&other),
+        },
+    }
+}
+
+pub fn store_error(error: crate::store::StoreError) -> EngineError {
+    use crate::store::StoreError;
+    match error {
+        StoreError::NameTaken { name, holder } => EngineError::NameTaken { name, holder },
+        StoreError::NoAddress { subnet } => EngineError::Capacity {
+            resource: "addresses",
+            wanted: "1".into(),
+            available: "0".into(),
+            limit: format!("network.subnet {subnet}"),
+        },
+        other => EngineError::Internal {
+            context: "store".into(),
+            reason: other.to_string(),
+        },
+    }
+}
+
+/// An error with its sources, for one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        source = error.source();
+    }
+    text
+}

@@ -1,0 +1,203 @@
+//! Start-up: every record is made to agree with what is really there.
+//!
+//! | operation in flight | its machine runs | its machine never ran or is gone |
+//! |---|---|---|
+//! | none | reattached | Stopped, with the reason |
+//! | create | kept: the create is complete | undone: the instance vanishes |
+//! | start | kept: the start is complete | undone: Stopped |
+//! | stop | the stop goes on | Stopped |
+//! | delete | the delete goes on | the delete goes on |
+use std::collections::HashSet;
+
+use doze_host::process::{self, ProcessHandle};
+use doze_lifecycle::{Fact, Operation, State};
+use doze_vmm::MachineStatus;
+
+use crate::{
+    EngineError,
+    context::{Context, blocking, io_error, net_error},
+    instance::{Instance, Live, process_id, vmm_error},
+    ops::{self, Cancel},
+};
+
+/// Whether the instance needs more than being read: only these cost time at start-up.
+pub fn is_needed(instance: &Instance) -> bool {
+    instance.record.operation().is_some() || instance.record.machine().is_some()
+}
+
+/// Makes one record true. `Ok(false)`: the instance is gone.
+pub async fn run(instance: &mut Instance) -> Result<bool, EngineError> {
+    reattach(instance).await?;
+    kill_strangers(instance).await?;
+    let status = match &instance.live {
+        Some(live) => live.machine.status().await.map_err(vmm_error)?,
+        None => MachineStatus::Gone,
+    };
+    let ran = match status {
+        MachineStatus::Running | MachineStatus::Paused => true,
+        // It powered off while we were away; what its disk holds is a complete run.
+        MachineStatus::Shutdown | MachineStatus::Failed => true,
+        MachineStatus::Prelaunch | MachineStatus::Gone => false,
+    };
+    let cancel = Cancel::new();
+    match instance.record.operation() {
+        Some(Operation::Delete) => {
+            instance.note("finishing a delete that the server's end interrupted");
+            ops::delete::run(instance, &cancel, false).await?;
+            return Ok(false);
+        }
+        Some(Operation::Create) if !ran => {
+            instance.kill_machine().await?;
+            forget_machine(instance, None).await?;
+            ops::create::undo(instance, "the server ended before the guest ran").await?;
+            return Ok(false);
+        }
+        Some(Operation::Start) if !ran => {
+            instance.kill_machine().await?;
+            forget_machine(instance, None).await?;
+            let reason = "the server ended before the guest ran".to_owned();
+            instance.commit(Fact::OperationFailed { reason }).await?;
+        }
+        Some(Operation::Create | Operation::Start) => {
+            instance.note("the guest ran although the server ended before it said so");
+            let agent = !instance.spec.skip_guest_agent;
+            instance.commit(Fact::CpusStarted { agent }).await?;
+        }
+        Some(Operation::Stop) => {
+            instance.note("finishing a stop that the server's end interrupted");
+            ops::stop::run(instance, &cancel).await?;
+        }
+        None => {}
+    }
+    settle(instance, status).await?;
+    if let Some(live) = &instance.live {
+        instance.ctx.reserve_memory(&instance.id, instance.spec.memory_bytes).or_else(|error| {
+            // It runs already; a smaller limit than before only keeps others from starting.
+            tracing::warn!(instance = %instance.id, %error, "running beyond the configured limit");
+            Ok::<(), EngineError>(())
+        })?;
+        tracing::info!(instance = %instance.id, pid = live.machine.process().pid, "reattached");
+    }
+    instance.publish();
+    Ok(true)
+}
+
+/// What is left after the operation: a machine that is gone or off is booked as such.
+async fn settle(instance: &mut Instance, status: MachineStatus) -> Result<(), EngineError> {
+    if instance.record.machine().is_none() {
+        return Ok(());
+    }
+    match status {
+        MachineStatus::Running | MachineStatus::Paused | MachineStatus::Prelaunch => {
+            if instance.record.state() == State::Created {
+                // No operation, no CPUs that ever ran: nobody will start it.
+                instance.kill_machine().await?;
+                return forget_machine(instance, Some("its machine never ran")).await;
+            }
+            if status == MachineStatus::Paused
+                && let Some(live) = &instance.live
+            {
+                live.machine.resume().await.map_err(vmm_error)?;
+            }
+            make_network(instance).await
+        }
+        MachineStatus::Shutdown | MachineStatus::Failed => ops::stop::finish(instance, None).await,
+        MachineStatus::Gone => {
+            let failure = "its machine monitor was gone when the server started";
+            instance.collect_exit().await?;
+            let failure = instance.record.exit().is_none().then_some(failure);
+            instance.kill_machine().await?;
+            forget_machine(instance, failure).await
+        }
+    }
+}
+
+async fn forget_machine(instance: &mut Instance, failure: Option<&str>) -> Result<(), EngineError> {
+    if instance.record.machine().is_none() {
+        return Ok(());
+    }
+    let failure = failure.map(str::to_owned);
+    instance.commit(Fact::MachineGone { failure }).await
+}
+
+async fn make_network(instance: &Instance) -> Result<(), EngineError> {
+    if let Some(claim) = &instance.claim
+        && let Some(network) = instance.ctx.network().await?
+    {
+        let tap = ops::launch::tap_config(instance, claim);
+        network.ensure_tap(&tap).await.map_err(net_error)?;
+    }
+    Ok(())
+}
+
+async fn reattach(instance: &mut Instance) -> Result<(), EngineError> {
+    let (Some(machine), Some(description)) = (instance.record.machine(), &instance.description)
+    else {
+        return Ok(());
+    };
+    let monitor = instance.ctx.monitor(description.hypervisor)?.clone();
+    let found = monitor
+        .attach(description, &process_id(machine))
+        .await
+        .map_err(vmm_error)?;
+    instance.live = found.map(Live::new);
+    Ok(())
+}
+
+/// A VMM that carries this instance's mark but not its record's identity was spawned just before the
+/// server died. Its CPUs never ran with our knowledge: it goes.
+async fn kill_strangers(instance: &Instance) -> Result<(), EngineError> {
+    let mark = doze_vmm::qemu::mark(&instance.id);
+    let known = instance.record.machine().map(process_id);
+    let marked = blocking("looking for orphans", move || process::find_marked(&mark))
+        .await?
+        .map_err(io_error("looking for machine monitors without a record"))?;
+    for stranger in marked.into_iter().filter(|id| Some(id) != known.as_ref()) {
+        let handle = ProcessHandle::open(&stranger).map_err(io_error("opening an orphan"))?;
+        if let Some(handle) = handle {
+            instance.note(&format!(
+                "killing machine monitor {} that no record names",
+                stranger.pid
+            ));
+            handle.kill().map_err(io_error("killing an orphan"))?;
+            handle
+                .exited()
+                .await
+                .map_err(io_error("waiting for an orphan"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Folders and TAPs that belong to no record.
+pub async fn sweep(ctx: &Context, known: &HashSet<String>) -> Result<(), EngineError> {
+    let (root, ids) = (ctx.config.data_dir.join("instances"), known.clone());
+    blocking("sweeping instance folders", move || -> std::io::Result<()> {
+        doze_host::files::create_private_dir(&root)?;
+        for entry in std::fs::read_dir(&root)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            if !name.to_str().is_some_and(|name| ids.contains(name)) {
+                tracing::info!(folder = %entry.path().display(), "removing a folder without a record");
+                doze_host::files::remove_tree(&entry.path())?;
+            }
+        }
+        Ok(())
+    })
+    .await?
+    .map_err(io_error("sweeping instance folders"))?;
+    match ctx.network().await {
+        Ok(Some(network)) => {
+            for (tap, alias) in network.list_taps().await.map_err(net_error)? {
+                if !known.contains(&alias) {
+                    tracing::info!(tap, "removing a TAP without a record");
+                    network.delete_tap(&tap).await.map_err(net_error)?;
+                }
+            }
+        }
+        Ok(None) => {}
+        // The server starts all the same: images and stopped instances need no network.
+        Err(error) => tracing::warn!(%error, "the network could not be set up"),
+    }
+    Ok(())
+}

@@ -1,0 +1,284 @@
+//! Random facts and clocks through `Record::apply`: whatever happens, in whatever order, the ledger adds up
+//! and the record stays one that the rules know.
+use std::collections::BTreeMap;
+
+use doze_lifecycle::{
+    Admission, Command, Exit, Fact, Operation, ProcessRef, Record, Stamp, State, admission::admit,
+};
+use proptest::prelude::*;
+
+fn stamp(boot: u8, boottime_us: u64, wall_us: i64) -> Stamp {
+    Stamp {
+        boot_id: format!("boot-{boot}"),
+        boottime_us,
+        wall_us,
+    }
+}
+
+fn process() -> ProcessRef {
+    ProcessRef {
+        pid: 42,
+        start_ticks: 7,
+        boot_id: "boot-0".into(),
+    }
+}
+
+fn facts() -> impl Strategy<Value = Fact> {
+    prop_oneof![
+        proptest::sample::select(Operation::ALL.to_vec()).prop_map(Fact::Admitted),
+        Just(Fact::MachineSpawned(process())),
+        any::<bool>().prop_map(|agent| Fact::CpusStarted { agent }),
+        Just(Fact::ProgramStarted),
+        Just(Fact::AgentReady),
+        (0..256i32).prop_map(|code| Fact::ProgramExited(Exit {
+            code,
+            message: String::new()
+        })),
+        Just(Fact::GuestPoweredOff),
+        proptest::option::of(Just("died".to_owned()))
+            .prop_map(|failure| Fact::MachineGone { failure }),
+        Just(Fact::OperationFailed {
+            reason: "no".into()
+        }),
+    ]
+}
+
+/// How a host's clocks move between two facts.
+#[derive(Debug, Clone)]
+enum Tick {
+    /// Both clocks go on; the wall clock is stepped by the second number besides.
+    Forward(u64, i64),
+    /// The host reboots: the boot clock starts again, the wall clock jumps.
+    Reboot(i64),
+    /// The fact is told with a stamp from the past, as boot markers are.
+    Past(u64),
+}
+
+fn ticks() -> impl Strategy<Value = Tick> {
+    prop_oneof![
+        6 => (0..5_000_000u64, prop_oneof![4 => Just(0i64), 1 => -4_000_000_000i64..4_000_000_000])
+            .prop_map(|(forward, step)| Tick::Forward(forward, step)),
+        1 => (-4_000_000_000i64..4_000_000_000).prop_map(Tick::Reboot),
+        2 => (0..20_000_000u64).prop_map(Tick::Past),
+    ]
+}
+
+struct Host {
+    boot: u8,
+    boottime: u64,
+    wall: i64,
+    /// The ledger's timeline, kept independently: boot clock within a boot, clamped wall across.
+    timeline: u64,
+}
+
+impl Host {
+    fn tick(&mut self, tick: &Tick) -> Stamp {
+        match tick {
+            Tick::Forward(forward, step) => {
+                self.boottime += forward;
+                self.wall += *forward as i64 + step;
+                self.timeline += forward;
+            }
+            Tick::Reboot(jump) => {
+                self.boot += 1;
+                self.boottime = 1_000_000;
+                self.wall += jump;
+            }
+            Tick::Past(age) => return self.now().earlier(*age),
+        }
+        self.now()
+    }
+    fn now(&self) -> Stamp {
+        stamp(self.boot, self.boottime, self.wall)
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    #[test]
+    fn within_one_boot_the_sum_of_all_phases_is_the_time_that_passed(
+        steps in proptest::collection::vec((facts(), ticks()), 1..80)
+    ) {
+        let mut host = Host { boot: 0, boottime: 50_000_000, wall: 1_700_000_000_000_000, timeline: 0 };
+        let mut record = Record::creating(host.now());
+        let mut transitions = 0u64;
+        for (fact, tick) in steps.iter().filter(|(_, t)| !matches!(t, Tick::Reboot(_))) {
+            let at = host.tick(tick);
+            if let Ok(next) = record.apply(fact, &at) {
+                transitions += u64::from(next.state() != record.state());
+                record = next;
+            }
+            let sum: u64 = record.ledger().durations_us(&host.now()).values().sum();
+            prop_assert_eq!(sum, host.timeline);
+            let ms: u64 = record.ledger().durations_ms(&host.now()).values().sum();
+            // Whole milliseconds lose less than one per phase, so less than one per transition and the first.
+            prop_assert!(host.timeline / 1000 - ms <= transitions + 1);
+        }
+    }
+
+    #[test]
+    fn committed_time_never_shrinks_whatever_the_clocks_do(
+        steps in proptest::collection::vec((facts(), ticks()), 1..80)
+    ) {
+        let mut host = Host { boot: 0, boottime: 50_000_000, wall: 1_700_000_000_000_000, timeline: 0 };
+        let mut record = Record::creating(host.now());
+        let mut closed: BTreeMap<State, u64> = BTreeMap::new();
+        for (fact, tick) in &steps {
+            let at = host.tick(tick);
+            if let Ok(next) = record.apply(fact, &at) {
+                record = next;
+            }
+            prop_assert_eq!(record.ledger().current(), record.state());
+            let now = record.ledger().durations_us(record.current_since());
+            for (state, before) in &closed {
+                prop_assert!(now.get(state).copied().unwrap_or(0) >= *before, "{} shrank", state);
+            }
+            closed = now;
+        }
+    }
+
+    #[test]
+    fn a_record_that_the_rules_made_is_one_they_know(
+        steps in proptest::collection::vec(facts(), 1..80)
+    ) {
+        let mut record = Record::creating(stamp(0, 1, 1));
+        for (n, fact) in steps.iter().enumerate() {
+            if let Ok(next) = record.apply(fact, &stamp(0, n as u64, n as i64)) {
+                record = next;
+            }
+            if record.machine().is_none() {
+                let preparing = record.state() == State::Created
+                    && record.operation() == Some(Operation::Create)
+                    || record.state() == State::Created && record.operation() == Some(Operation::Delete);
+                prop_assert!(
+                    preparing || !record.state().has_machine(),
+                    "{} without a machine, {:?}", record.state(), record.operation()
+                );
+            } else {
+                prop_assert!(record.state().has_machine(), "{} with a machine", record.state());
+            }
+            let text = serde_json::to_string(&record).unwrap();
+            prop_assert_eq!(&serde_json::from_str::<Record>(&text).unwrap(), &record);
+        }
+    }
+
+    /// What the table lets run, the rules let begin.
+    #[test]
+    fn admission_and_apply_agree(steps in proptest::collection::vec(facts(), 1..40)) {
+        let mut record = Record::creating(stamp(0, 1, 1));
+        for (n, fact) in steps.iter().enumerate() {
+            let at = stamp(0, n as u64, n as i64);
+            if let Ok(next) = record.apply(fact, &at) {
+                record = next;
+            }
+            for command in Command::ALL {
+                let operation = match command {
+                    Command::Start { .. } => Operation::Start,
+                    Command::Stop => Operation::Stop,
+                    Command::Delete { .. } => Operation::Delete,
+                    Command::Exec => continue,
+                };
+                let begins = record.apply(&Fact::Admitted(operation), &at).is_ok();
+                let runs = admit(record.state(), record.operation(), command) == Admission::Run;
+                prop_assert_eq!(
+                    begins, runs,
+                    "{:?} of {} with {:?}", command, record.state(), record.operation()
+                );
+            }
+        }
+    }
+}
+
+fn after(facts: &[(Fact, u64)]) -> Record {
+    facts
+        .iter()
+        .fold(Record::creating(stamp(0, 0, 0)), |record, (fact, at_ms)| {
+            record.apply(fact, &stamp(0, at_ms * 1000, 0)).unwrap()
+        })
+}
+
+#[test]
+fn running_begins_when_the_guest_says_so_the_later_of_program_and_agent() {
+    let record = after(&[
+        (Fact::MachineSpawned(process()), 10),
+        (Fact::CpusStarted { agent: true }, 20),
+        // Told late, with their true ages: the agent before the program.
+        (Fact::AgentReady, 2_000),
+        (Fact::ProgramStarted, 3_000),
+    ]);
+    assert_eq!(record.state(), State::Running);
+    let spent = record.ledger().durations_ms(&stamp(0, 10_000_000, 0));
+    assert_eq!(spent["created"], 20);
+    assert_eq!(spent["initializing"], 2_980);
+    assert_eq!(spent["running"], 7_000);
+}
+
+#[test]
+fn without_an_agent_the_program_alone_makes_it_running() {
+    let record = after(&[
+        (Fact::MachineSpawned(process()), 10),
+        (Fact::CpusStarted { agent: false }, 20),
+        (Fact::ProgramStarted, 500),
+    ]);
+    assert_eq!(record.state(), State::Running);
+}
+
+#[test]
+fn a_marker_older_than_the_phase_is_clamped_to_its_beginning() {
+    let record = after(&[
+        (Fact::MachineSpawned(process()), 10),
+        (Fact::CpusStarted { agent: true }, 1_000),
+        (Fact::ProgramStarted, 5),
+        (Fact::AgentReady, 6),
+    ]);
+    assert_eq!(record.state(), State::Running);
+    let spent = record.ledger().durations_ms(&stamp(0, 1_500_000, 0));
+    assert_eq!(
+        (spent["created"], spent["initializing"], spent["running"]),
+        (1_000, 0, 500)
+    );
+}
+
+#[test]
+fn a_create_that_fails_is_deleted_also_after_a_crash() {
+    let record = after(&[
+        (Fact::MachineSpawned(process()), 10),
+        (Fact::MachineGone { failure: None }, 20),
+        (
+            Fact::OperationFailed {
+                reason: "no".into(),
+            },
+            30,
+        ),
+    ]);
+    assert_eq!(record.operation(), Some(Operation::Delete));
+}
+
+#[test]
+fn a_failed_start_leaves_it_stopped_with_the_reason() {
+    let stopped = Record::stopped(stamp(0, 0, 0));
+    let record = [
+        Fact::Admitted(Operation::Start),
+        Fact::MachineSpawned(process()),
+        Fact::MachineGone { failure: None },
+        Fact::OperationFailed {
+            reason: "no kernel".into(),
+        },
+    ]
+    .iter()
+    .fold(stopped, |record, fact| {
+        record.apply(fact, &stamp(0, 1, 1)).unwrap()
+    });
+    assert_eq!((record.state(), record.operation()), (State::Stopped, None));
+    assert_eq!(record.failure(), Some("no kernel"));
+}
+
+#[test]
+fn a_record_of_a_newer_program_is_refused_with_both_versions() {
+    let text = serde_json::to_string(&Record::stopped(stamp(0, 0, 0))).unwrap();
+    let newer: Record =
+        serde_json::from_str(&text.replace("\"version\":1", "\"version\":99")).unwrap();
+    let error = newer.check_version().unwrap_err();
+    assert!(error.contains("99") && error.contains('1'), "{error}");
+}
