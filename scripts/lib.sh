@@ -43,3 +43,12 @@ as_root() {
 
 # Wall clock in milliseconds.
 now_ms() { date +%s%3N; }
+
+# Path of the end-to-end runner, which must have been built (cargo test -p doze-e2e --no-run).
+end_to_end_runner() {
+    local runner
+    runner=$(cargo test --quiet --locked -p doze-e2e --no-run --message-format=json |
+        sed -n 's/.*"executable":"\([^"]*\/e2e-[^"]*\)".*/\1/p' | tail -n 1)
+    [ -x "$runner" ] || die "cargo built no end-to-end runner"
+    printf '%s\n' "$runner"
+}

@@ -44,6 +44,8 @@ packages() {
     for entry in $PROGRAMS; do
         have "${entry%%:*}" || missing+=("${entry##*:}")
     done
+    # Images made by the end-to-end cases hold it and nothing else, so it must need no library.
+    if ! have busybox || ldd "$(command -v busybox)" >/dev/null 2>&1; then missing+=(busybox-static); fi
     [ -e /usr/include/stdlib.h ] || missing+=(libc6-dev)
     # The module may be there and its bootstrap not: Debian splits them.
     { have python3 && system_python -c 'import ensurepip, venv' 2>/dev/null; } || missing+=(python3-venv)
