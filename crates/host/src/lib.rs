@@ -1,7 +1,6 @@
 //! Linux effects, and nothing but effects: files that survive a power cut, processes with an
-//! identity, clocks, links, nftables. All `unsafe` of the server lives here, in the places
-//! where the kernel demands it: between fork and exec (`process/spawn.rs`), a pidfd's registration
-//! with the reactor (`process/mod.rs`) and the TUN ioctls (`net/tun.rs`).
+//! identity, clocks, links, nftables. All `unsafe` of the server lives here, where the kernel or the
+//! CPU demands it: between fork and exec, descriptors given to the reactor, the TUN ioctls, RDTSC.
 //!
 //! | module | owns |
 //! |---|---|
@@ -9,7 +8,9 @@
 //! | [`process`] | detached processes named by pid + start time + boot id, watched by pidfd |
 //! | [`clock`] | boot id, boot time, wall time |
 //! | [`net`] | bridge, TAPs, forwarding entries, our nftables table |
+//! | [`tsc`] | the frequency of the time-stamp counter |
 //! | [`virt`] | whether hardware virtualisation is really usable |
+//! | [`watch`] | waiting for a folder's files to change |
 pub mod clock;
 pub mod files;
 pub mod net;

@@ -18,7 +18,7 @@ pub(super) async fn apply(context: &str, text: &str) -> Result<(), NetError> {
     let mut pause = FIRST_PAUSE;
     let mut attempt = 1;
     loop {
-        let complaint = match tokio::time::timeout(TIMEOUT, run(text)).await {
+        let complaint = match tokio::time::timeout(TIMEOUT, run(&PROGRAMS, text)).await {
             Ok(Ok(None)) => return Ok(()),
             Ok(Ok(Some(complaint))) => complaint,
             Ok(Err(e)) => return Err(e),
@@ -34,12 +34,12 @@ pub(super) async fn apply(context: &str, text: &str) -> Result<(), NetError> {
 }
 
 /// `None` when it was applied, else what nft complained about.
-async fn run(text: &str) -> Result<Option<String>, NetError> {
+async fn run(programs: &[&str], text: &str) -> Result<Option<String>, NetError> {
     let failed = |e: io::Error| NetError::Failed {
         context: "running nft".into(),
         message: e.to_string(),
     };
-    for program in PROGRAMS {
+    for program in programs {
         let spawned = Command::new(program)
             .args(["-f", "-"])
             .env("LC_ALL", "C")
@@ -105,7 +105,21 @@ fn explain(context: &str, complaint: &str) -> NetError {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
     use super::*;
+
+    #[tokio::test]
+    async fn an_absent_program_is_named() {
+        let error = run(&["/nonexistent/nft"], "").await.unwrap_err();
+        assert!(matches!(&error, NetError::Missing { mend, .. } if mend.contains("nftables")));
+    }
+
+    #[tokio::test]
+    async fn a_complaint_is_passed_on() {
+        // In no namespace is this a ruleset, so nothing is applied.
+        let complaint = run(&PROGRAMS, "nonsense").await.unwrap();
+        assert!(complaint.unwrap().contains("syntax error"));
+    }
 
     #[test]
     fn complaints_are_told_apart() {
