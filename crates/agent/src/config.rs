@@ -226,7 +226,8 @@ mod tests {
 
     #[test]
     fn impossible_values_are_refused_with_their_field() {
-        let cases: [(&str, fn(&mut GuestConfig)); 7] = [
+        type Spoil = fn(&mut GuestConfig);
+        let cases: [(&str, Spoil); 7] = [
             ("version", |c| c.version = 2),
             ("argv", |c| c.argv.clear()),
             ("argv", |c| c.argv[0].clear()),

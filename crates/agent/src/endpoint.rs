@@ -64,6 +64,11 @@ impl Endpoint {
         self.session().established()
     }
 
+    /// Somebody answered once, so that what is sent now will arrive or be dropped for a newer peer.
+    pub fn has_peer(&self) -> bool {
+        self.session().peer().is_some()
+    }
+
     pub fn open(&self, stream: u32) {
         self.session().open(stream);
     }
@@ -105,7 +110,7 @@ impl Endpoint {
         self.inner.work.notify_one();
     }
 
-    /// Waits until the peer acknowledged everything queued so far.
+    /// Waits for a peer that acknowledged everything queued so far.
     pub async fn flushed(&self) {
         loop {
             let changed = self.inner.changed.notified();

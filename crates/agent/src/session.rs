@@ -271,9 +271,16 @@ impl Session {
         self.established
     }
 
-    /// Nothing waits to be sent or acknowledged.
+    /// The peer that answered last.
+    pub fn peer(&self) -> Option<u64> {
+        self.peer
+    }
+
+    /// There is a peer, and it acknowledged everything said to it.
     pub fn idle(&self) -> bool {
-        self.sending.flight.is_empty() && self.streams.values().all(|s| s.queue.is_empty())
+        self.peer.is_some()
+            && self.sending.flight.is_empty()
+            && self.streams.values().all(|s| s.queue.is_empty())
     }
 
     pub fn event(&mut self) -> Option<Event> {
