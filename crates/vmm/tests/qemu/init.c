@@ -1,0 +1,106 @@
+/* PID 1 of the test guest: loads the modules of the initramfs in the order of their names, reports what
+ * it sees on the console, then ticks and obeys single letters from the control port:
+ * p power off, r reboot, c crash (PID 1 ends: the kernel panics), e echo. */
+#include <dirent.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+static void read_line(const char *path, char *to, int size)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	int n = fd < 0 ? 0 : read(fd, to, size - 1);
+	if (fd >= 0)
+		close(fd);
+	to[n < 0 ? 0 : n] = 0;
+	to[strcspn(to, "\n")] = 0;
+}
+
+static void load_modules(void)
+{
+	struct dirent **list;
+	int n = scandir("/modules", &list, 0, alphasort);
+	for (int i = 0; i < n; i++) {
+		char path[300];
+		if (list[i]->d_name[0] == '.')
+			continue;
+		snprintf(path, sizeof path, "/modules/%s", list[i]->d_name);
+		int fd = open(path, O_RDONLY | O_CLOEXEC);
+		if (syscall(SYS_finit_module, fd, "", 0))
+			printf("test: module %s refused: %m\n", list[i]->d_name);
+		close(fd);
+	}
+}
+
+/* Prints `what name=value ...` for each entry of a folder of /sys that begins with `first`. */
+static void show(const char *what, const char *folder, char first, const char *const *attributes)
+{
+	DIR *d = opendir(folder);
+	struct dirent *e;
+	while (d && (e = readdir(d))) {
+		if (e->d_name[0] != first)
+			continue;
+		printf("test: %s", what);
+		for (const char *const *a = attributes; *a; a++) {
+			char path[400], value[100];
+			snprintf(path, sizeof path, "%s/%s/%s", folder, e->d_name, *a);
+			read_line(path, value, sizeof value);
+			printf(" %s=%s", *a, value);
+		}
+		printf("\n");
+	}
+}
+
+static int open_port(const char *wanted)
+{
+	DIR *d = opendir("/sys/class/virtio-ports");
+	struct dirent *e;
+	while (d && (e = readdir(d))) {
+		char path[400], name[100];
+		snprintf(path, sizeof path, "/sys/class/virtio-ports/%s/name", e->d_name);
+		read_line(path, name, sizeof name);
+		if (strcmp(name, wanted))
+			continue;
+		snprintf(path, sizeof path, "/dev/%s", e->d_name);
+		return open(path, O_RDWR | O_NONBLOCK);
+	}
+	return -1;
+}
+
+int main(void)
+{
+	char uptime[100];
+	mount("proc", "/proc", "proc", 0, 0);
+	mount("sysfs", "/sys", "sysfs", 0, 0);
+	mount("dev", "/dev", "devtmpfs", 0, 0);
+	setvbuf(stdout, 0, _IOLBF, 0);
+	read_line("/proc/uptime", uptime, sizeof uptime);
+	printf("test: init %s\n", uptime);
+	load_modules();
+	show("disk", "/sys/block", 'v', (const char *const[]){ "serial", "ro", "size", 0 });
+	show("nic", "/sys/class/net", 'e', (const char *const[]){ "address", 0 });
+	int app = open_port("doze.app.0"), control = open_port("doze.agent.0");
+	printf("test: ports app=%d control=%d\n", app >= 0, control >= 0);
+	dprintf(app, "hello from the program\n");
+	printf("test: ready\n");
+	for (int i = 0;; i++) {
+		char c;
+		printf("test: tick %d\n", i);
+		usleep(100000);
+		if (read(control, &c, 1) != 1)
+			continue;
+		if (c == 'p')
+			reboot(RB_POWER_OFF);
+		if (c == 'r')
+			reboot(RB_AUTOBOOT);
+		if (c == 'c')
+			return 1;
+		if (c == 'e')
+			write(control, "E", 1);
+	}
+}
