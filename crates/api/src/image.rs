@@ -57,7 +57,7 @@ pub enum ImageStatus {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(tag = "event", rename_all = "lowercase")]
 pub enum ImportEvent {
-    /// Bytes of the body received so far.
+    /// The upload is complete; its size.
     Received { bytes: u64 },
     /// The archive is being read.
     Reading { source: String },

@@ -1,0 +1,191 @@
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+use super::*;
+
+const EXAMPLE: &str = include_str!("../../../doze.example.toml");
+
+fn parse(text: &str, variables: &[(&str, &str)]) -> Result<Config, ConfigErrors> {
+    Config::parse(
+        Some((Path::new("doze.toml"), text)),
+        variables
+            .iter()
+            .map(|(name, text)| ((*name).to_owned(), (*text).to_owned())),
+    )
+}
+
+fn reasons(result: Result<Config, ConfigErrors>) -> Vec<(String, String)> {
+    result
+        .expect_err("this configuration must be refused")
+        .0
+        .into_iter()
+        .map(|error| (error.key, error.reason))
+        .collect()
+}
+
+fn keys() -> Vec<&'static str> {
+    let mut reader = Reader::default();
+    sections::read(&mut reader);
+    reader.known().to_vec()
+}
+
+#[test]
+fn nothing_configured_is_the_documented_default() {
+    let config = Config::parse(None, []).unwrap();
+    assert_eq!(config.data_dir, Path::new("/var/lib/doze"));
+    assert_eq!(config.listen.to_string(), "127.0.0.1:4973");
+    assert_eq!(config.hypervisor.default, Hypervisor::QemuMicrovm);
+    assert_eq!(config.network.gateway, Ipv4Addr::new(10, 77, 0, 1));
+    assert_eq!(config.limits.default_memory, 1 << 30);
+    assert_eq!(config.warnings(), Vec::<String>::new());
+}
+
+#[test]
+fn the_example_file_holds_the_defaults() {
+    assert_eq!(
+        parse(EXAMPLE, &[]).unwrap(),
+        Config::parse(None, []).unwrap()
+    );
+}
+
+#[test]
+fn the_example_file_names_every_key_with_a_value_that_is_right() {
+    // A commented-out key is `# key = value`; text has no `=` right after its first word.
+    let active: String = EXAMPLE
+        .lines()
+        .map(|line| {
+            let candidate = line.strip_prefix("# ").unwrap_or(line);
+            let mut words = candidate.split_whitespace();
+            match (words.next(), words.next()) {
+                (Some(_), Some("=")) => format!("{candidate}\n"),
+                _ => format!("{line}\n"),
+            }
+        })
+        .collect();
+    parse(&active, &[]).unwrap();
+    let table: toml::Table = active.parse().unwrap();
+    for key in keys() {
+        let found = match key.split_once('.') {
+            Some((section, key)) => table.get(section).and_then(|section| section.get(key)),
+            None => table.get(key),
+        };
+        assert!(found.is_some(), "doze.example.toml lacks {key}");
+    }
+}
+
+#[test]
+fn every_key_has_a_variable_that_wins() {
+    let file = "listen = \"127.0.0.1:1\"\n[hypervisor]\ndefault = \"qemu\"\n";
+    let config = parse(
+        file,
+        &[
+            ("DOZE_LISTEN", "127.0.0.1:2"),
+            ("DOZE_HYPERVISOR__ACCEL", "tcg"),
+            ("DOZE_NETWORK__ENABLED", "false"),
+            ("DOZE_NETWORK__DNS", "1.1.1.1, 9.9.9.9"),
+            ("DOZE_LIMITS__MAX_INSTANCES", "7"),
+            ("DOZE_LIMITS__DEFAULT_MEMORY", "512MB"),
+            ("DOZE_LIMITS__STOP_GRACE", "1m30s"),
+            ("DOZE_KERNEL__MODULES", "none"),
+            ("DOZE_LOG__FORMAT", ""),
+            ("DOZE_URL", "http://elsewhere"),
+            ("DOZE_E2E_KEEP", "1"),
+            ("PATH", "/bin"),
+        ],
+    )
+    .unwrap();
+    assert_eq!(config.listen.port(), 2);
+    assert_eq!(config.hypervisor.default, Hypervisor::Qemu);
+    assert_eq!(config.hypervisor.accel, Some(Accel::Tcg));
+    assert!(!config.network.enabled);
+    assert_eq!(
+        config.network.dns,
+        Some(vec![Ipv4Addr::new(1, 1, 1, 1), Ipv4Addr::new(9, 9, 9, 9)])
+    );
+    assert_eq!(config.limits.max_instances, 7);
+    assert_eq!(config.limits.default_memory, 512 << 20);
+    assert_eq!(config.limits.stop_grace, Duration::from_secs(90));
+    assert_eq!(config.kernel.modules, None);
+    assert_eq!(config.log.format, LogFormat::Text);
+}
+
+#[test]
+fn all_mistakes_are_reported_at_once() {
+    let file = r#"
+        data_dir = "relative"
+        lissten = "x"
+        [hypervisor]
+        default = "xen"
+        [network]
+        gateway = "10.0.0.1"
+        bridge = "a bridge"
+        [limits]
+        default_vcpus = 99
+        default_memory = "1.3MB"
+        stop_grace = "10"
+        [auth]
+        jwt_secret = ""
+        [log]
+        level = "doze=loud"
+        [nonsense]
+        x = 1
+    "#;
+    let found = reasons(parse(
+        file,
+        &[("DOZE_NETWORK__SUBNET", "10.1.2.3/16"), ("DOZE_X", "1")],
+    ));
+    let keys: Vec<_> = found.iter().map(|(key, _)| key.as_str()).collect();
+    for key in [
+        "data_dir",
+        "lissten",
+        "hypervisor.default",
+        "network.gateway",
+        "network.bridge",
+        "network.subnet",
+        "limits.default_vcpus",
+        "limits.default_memory",
+        "limits.stop_grace",
+        "auth.jwt_secret",
+        "log.level",
+        "nonsense.x",
+        "x",
+    ] {
+        assert!(keys.contains(&key), "{key} not in {found:?}");
+    }
+    assert_eq!(found.len(), 13, "{found:?}");
+    let reason = |key: &str| &found.iter().find(|(k, _)| k == key).unwrap().1;
+    assert!(reason("lissten").contains("did you mean listen?"));
+    assert!(reason("network.subnet").contains("DOZE_NETWORK__SUBNET"));
+    assert!(reason("hypervisor.default").contains("qemu, qemu-microvm"));
+    assert!(reason("x").contains("DOZE_X"));
+}
+
+#[test]
+fn a_file_that_is_no_toml_names_its_line() {
+    let found = reasons(parse("listen = \n", &[]));
+    assert_eq!(found[0].0, "doze.toml");
+    assert!(found[0].1.contains("line 1"), "{found:?}");
+}
+
+#[test]
+fn types_are_strict_in_the_file() {
+    let found = reasons(parse("listen = 4973\n[network]\nenabled = \"true\"\n", &[]));
+    assert_eq!(found.len(), 2, "{found:?}");
+}
+
+#[test]
+fn a_secret_never_shows() {
+    let config = parse("[auth]\njwt_secret = \"hush-hush\"\n", &[]).unwrap();
+    assert!(!format!("{config:?}").contains("hush"));
+    assert!(config.warnings()[0].contains("auth.jwt_secret"));
+}
+
+#[test]
+fn listening_to_the_world_is_warned_about() {
+    let config = parse("listen = \"0.0.0.0:80\"", &[]).unwrap();
+    assert!(config.warnings()[0].contains("plain HTTP"));
+}
+
+#[test]
+fn two_bridges_have_two_tables() {
+    let config = parse("[network]\nbridge = \"doze-b.1\"\n", &[]).unwrap();
+    assert_eq!(config.network.table, "doze_doze_b_1");
+}
