@@ -252,3 +252,6 @@ fn check_tag(tag: &str) -> Result<(), String> {
         shorten(tag)
     ))
 }
+
+#[cfg(test)]
+mod tests;

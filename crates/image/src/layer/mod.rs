@@ -32,6 +32,8 @@ use crate::ImageError;
 mod compression;
 mod create;
 pub mod tar_stream;
+#[cfg(test)]
+mod tests;
 mod walk;
 
 pub(crate) use compression::{decompress, is_compressed};

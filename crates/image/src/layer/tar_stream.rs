@@ -415,3 +415,6 @@ fn parse_time(value: &[u8]) -> Result<Time, TarError> {
         nanoseconds: digits.parse().map_err(|_| bad())?,
     })
 }
+
+#[cfg(test)]
+mod tests;
