@@ -1,0 +1,152 @@
+//! A command in the guest, joined to this terminal (or to pipes).
+//!
+//! ```text
+//!   stdin ──read──┐                                   ┌──> stdout
+//!   SIGWINCH ─────┼──> ExecInput ══WebSocket══ ExecOutput
+//!   SIGTERM/HUP ──┘ (leave; hanging up ends the command)
+//! ```
+//!
+//! One task owns the input half, so a resize and a key cannot overtake each other.
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use doze_api::{
+    ExecStart,
+    client::{ExecEvent, ExecInput, ExecOutput, ExecSession},
+};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    signal::unix::{Signal, SignalKind, signal},
+};
+
+use crate::{
+    connection::Server,
+    failure::{self, Failure},
+    terminal::{self, RawMode},
+};
+
+/// What to run and how to be joined to it.
+#[derive(Debug, Clone, Default)]
+pub struct Request {
+    pub command: Vec<String>,
+    /// Send standard input.
+    pub interactive: bool,
+    pub tty: bool,
+    pub env: BTreeMap<String, String>,
+    pub cwd: Option<String>,
+    /// Seconds; `None`: no limit.
+    pub timeout: Option<u32>,
+    /// Seconds to wait for a guest that still boots.
+    pub wait_for_agent: u32,
+}
+
+/// Runs it to its end and returns its exit status.
+pub async fn run(server: &Server, instance: &str, request: Request) -> Result<u8, Failure> {
+    let raw = request.tty && request.interactive;
+    if raw && !terminal::is_terminal(std::io::stdin()) {
+        return Err(Failure::new(
+            "-t needs a terminal on standard input; leave it out when input is piped",
+        )
+        .no_program());
+    }
+    let (rows, cols) = match request.tty.then(terminal::size).flatten() {
+        Some((rows, cols)) => (Some(rows), Some(cols)),
+        None => (None, None),
+    };
+    let start = ExecStart {
+        command: request.command,
+        tty: request.tty,
+        env: (!request.env.is_empty()).then_some(request.env),
+        cwd: request.cwd,
+        timeout: request.timeout,
+        wait_for_agent: Some(request.wait_for_agent),
+        rows,
+        cols,
+    };
+    let explain = |error| server.explain(&error).no_program();
+    let session = server
+        .client
+        .exec(instance, &start)
+        .await
+        .map_err(explain)?;
+    let _restored_on_every_way_out = if raw {
+        let entered = RawMode::enter();
+        Some(entered.map_err(|e| {
+            Failure::new(format!("cannot switch the terminal to raw mode: {e}")).no_program()
+        })?)
+    } else {
+        None
+    };
+    join(server, session, request.interactive, request.tty).await
+}
+
+/// Moves both directions at once: a command that does not read its input must not keep us from
+/// reading its output, or both would wait for ever. The exit code ends it, or a signal.
+async fn join(
+    server: &Server,
+    session: ExecSession,
+    interactive: bool,
+    tty: bool,
+) -> Result<u8, Failure> {
+    let deaf = |e| Failure::new(format!("cannot wait for signals: {e}")).no_program();
+    let mut terminate = signal(SignalKind::terminate()).map_err(deaf)?;
+    let mut hang_up = signal(SignalKind::hangup()).map_err(deaf)?;
+    let resized = signal(SignalKind::window_change()).map_err(deaf)?;
+    tokio::select! {
+        status = show(server, session.output) => status,
+        failure = feed(session.input, resized, interactive, tty) => Err(failure),
+        _ = terminate.recv() => Ok(128 + 15),
+        _ = hang_up.recv() => Ok(128 + 1),
+    }
+}
+
+/// Output until the exit code.
+async fn show(server: &Server, mut output: ExecOutput) -> Result<u8, Failure> {
+    let mut stdout = tokio::io::stdout();
+    while let Some(event) = output.next().await {
+        match event.map_err(|error| server.explain(&error).no_program())? {
+            ExecEvent::Output(data) => {
+                stdout
+                    .write_all(&data)
+                    .await
+                    .map_err(|e| failure::output(&e))?;
+                stdout.flush().await.map_err(|e| failure::output(&e))?;
+            }
+            ExecEvent::Exit(code) => return Ok(u8::try_from(code).unwrap_or(u8::MAX)),
+        }
+    }
+    Err(Failure::new("the server ended the command without an exit code").no_program())
+}
+
+/// Keys and sizes, as long as the command runs. Returns only when standard input cannot be read: how
+/// the command ended, the output half says.
+async fn feed(mut input: ExecInput, mut resized: Signal, interactive: bool, tty: bool) -> Failure {
+    let mut stdin = tokio::io::stdin();
+    let mut buffer = vec![0; 16 << 10];
+    let mut reading = interactive;
+    loop {
+        tokio::select! {
+            _ = resized.recv(), if tty => if let Some((rows, cols)) = terminal::size() {
+                let _ended = input.resize(rows, cols).await;
+            },
+            read = stdin.read(&mut buffer), if reading => match read {
+                Ok(0) => {
+                    reading = false;
+                    end_of_input(&mut input, tty).await;
+                }
+                Ok(count) => reading = input.write(Bytes::copy_from_slice(&buffer[..count])).await.is_ok(),
+                Err(error) => return Failure::new(format!("cannot read standard input: {error}")).no_program(),
+            },
+            // Neither branch is left: wait for the output half.
+            else => std::future::pending().await,
+        }
+    }
+}
+
+/// On a terminal the end of input is a key (^D). Without one the protocol has no word for it, and
+/// hanging up would end the command.
+async fn end_of_input(input: &mut ExecInput, tty: bool) {
+    if tty {
+        let _ended = input.write(Bytes::from_static(&[4])).await;
+    }
+}

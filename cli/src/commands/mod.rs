@@ -1,0 +1,72 @@
+//! One file per verb: its arguments and what it does. Each returns the exit status.
+use clap::Subcommand;
+
+use crate::{connection, failure::Failure};
+
+mod common;
+pub mod debug;
+pub mod doctor;
+pub mod exec;
+pub mod image;
+pub mod inspect;
+pub mod logs;
+pub mod ps;
+pub mod rm;
+pub mod run;
+pub mod serve;
+pub mod start;
+pub mod stop;
+pub mod token;
+pub mod wait;
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Start the server
+    Serve(serve::Args),
+    /// Make an instance from an image and run it
+    Run(run::Args),
+    /// List instances
+    Ps(ps::Args),
+    /// Run a command in a running instance
+    Exec(exec::Args),
+    /// Show the output of an instance's program
+    Logs(logs::Args),
+    /// Stop instances
+    Stop(stop::Args),
+    /// Start stopped instances
+    Start(start::Args),
+    /// Delete instances
+    Rm(rm::Args),
+    /// Show everything about an instance
+    Inspect(inspect::Args),
+    /// Wait until an instance reaches a state
+    Wait(wait::Args),
+    /// Import, list and delete images
+    #[command(subcommand)]
+    Image(image::Command),
+    /// Print an access token for this host's server
+    Token(token::Args),
+    /// Check whether this host can run microVMs, and how to mend what is missing
+    Doctor(doctor::Args),
+    #[command(subcommand, hide = true)]
+    Debug(debug::Command),
+}
+
+pub async fn run(command: Command, options: &connection::Options) -> Result<u8, Failure> {
+    match command {
+        Command::Serve(args) => serve::run(args).await,
+        Command::Run(args) => run::run(args, options).await,
+        Command::Ps(args) => ps::run(args, options).await,
+        Command::Exec(args) => exec::run(args, options).await,
+        Command::Logs(args) => logs::run(args, options).await,
+        Command::Stop(args) => stop::run(args, options).await,
+        Command::Start(args) => start::run(args, options).await,
+        Command::Rm(args) => rm::run(args, options).await,
+        Command::Inspect(args) => inspect::run(args, options).await,
+        Command::Wait(args) => wait::run(args, options).await,
+        Command::Image(command) => image::run(command, options).await,
+        Command::Token(args) => token::run(args),
+        Command::Doctor(args) => doctor::run(args).await,
+        Command::Debug(command) => debug::run(command).await,
+    }
+}

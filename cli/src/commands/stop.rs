@@ -1,0 +1,23 @@
+//! `doze stop`: ask the program to end, then switch the machine off.
+use super::common;
+use crate::{connection, failure::Failure, output};
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Instances: names, ids or beginnings of ids
+    #[arg(required = true)]
+    names: Vec<String>,
+}
+
+pub async fn run(args: Args, options: &connection::Options) -> Result<u8, Failure> {
+    let server = &connection::connect(options)?;
+    common::for_each(&args.names, async |name| {
+        let instance = server
+            .client
+            .stop_instance(name)
+            .await
+            .map_err(|e| server.explain(&e))?;
+        output::line(&instance.name)
+    })
+    .await
+}

@@ -1,0 +1,79 @@
+//! The command line as a whole.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+use clap::Parser as _;
+
+use super::*;
+
+fn parse(words: &[&str]) -> Result<Cli, clap::Error> {
+    Cli::try_parse_from(std::iter::once(&"doze").chain(words))
+}
+
+#[test]
+fn the_definition_is_consistent() {
+    command_line().debug_assert();
+}
+
+#[test]
+fn every_verb_is_there() {
+    let verbs: Vec<_> = command_line()
+        .get_subcommands()
+        .map(|c| c.get_name().to_owned())
+        .collect();
+    for verb in [
+        "serve", "run", "ps", "exec", "logs", "stop", "start", "rm", "inspect", "wait", "image",
+        "token", "doctor",
+    ] {
+        assert!(verbs.iter().any(|v| v == verb), "{verb} is missing");
+    }
+}
+
+#[test]
+fn a_commands_own_options_are_not_ours() {
+    for words in [
+        &["exec", "web", "ls", "-l", "--json"][..],
+        &["exec", "web", "--", "ls", "-l"],
+        &["exec", "-it", "web", "sh"],
+        &["run", "redis", "redis-server", "--port", "1"],
+        &["run", "-d", "redis", "--port", "1"],
+    ] {
+        parse(words).unwrap_or_else(|e| panic!("{words:?}: {e}"));
+    }
+}
+
+#[test]
+fn wrong_usage_is_refused() {
+    for words in [
+        &[][..],
+        &["nap"],
+        &["exec", "web"],
+        &["rm"],
+        &["stop"],
+        &["wait", "--state", "Asleep", "web"],
+        &["logs", "--tail", "-1", "web"],
+        &["logs", "--source", "dmesg", "web"],
+        &["run", "--env", "=x", "redis"],
+        &["run", "--hypervisor", "xen", "redis"],
+        &["ps", "--tag", "team"],
+        &["ps", "--json", "--quiet"],
+        &["image", "import", "redis"],
+    ] {
+        assert!(parse(words).is_err(), "{words:?}");
+    }
+}
+
+#[test]
+fn the_word_that_is_wrong_comes_with_the_right_ones() {
+    let text = parse(&["wait", "--state", "Asleep", "web"])
+        .unwrap_err()
+        .to_string();
+    assert!(
+        text.contains("Running") && text.contains("Standby"),
+        "{text}"
+    );
+}
+
+#[test]
+fn the_address_may_stand_anywhere() {
+    let cli = parse(&["ps", "--url", "http://h:1"]).unwrap();
+    assert_eq!(cli.connection.url.as_deref(), Some("http://h:1"));
+}
