@@ -78,3 +78,57 @@ impl Archive {
         writer.finish().map(drop)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+    use std::io::Read;
+
+    use cpio::newc::Reader;
+
+    use super::*;
+    use crate::boot::cache::stamp;
+
+    fn module(name: &str) -> Module {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        Module {
+            name: name.to_owned(),
+            source: stamp(file.path()).unwrap(),
+            content: format!("content of {name}").into_bytes(),
+        }
+    }
+
+    #[test]
+    fn holds_init_console_and_modules_in_order() {
+        let modules = [module("zebra"), module("ant")];
+        let archive = assemble(b"\x7fELF", &modules).unwrap();
+        assert_eq!(archive, assemble(b"\x7fELF", &modules).unwrap());
+        let mut rest = &archive[..];
+        let mut seen = Vec::new();
+        loop {
+            let mut reader = Reader::new(rest).unwrap();
+            let entry = reader.entry().clone();
+            if entry.is_trailer() {
+                break;
+            }
+            let mut content = Vec::new();
+            reader.read_to_end(&mut content).unwrap();
+            let device = (entry.rdev_major(), entry.rdev_minor());
+            let content = String::from_utf8(content).unwrap();
+            seen.push((entry.name().to_owned(), entry.mode(), device, content));
+            rest = reader.finish().unwrap();
+        }
+        let find = |name: &str| seen.iter().find(|entry| entry.0 == name).unwrap();
+        assert_eq!((find("init").1, &*find("init").3), (0o100_755, "\x7fELF"));
+        assert_eq!(
+            (find("dev/console").1, find("dev/console").2),
+            (0o020_600, (5, 1))
+        );
+        assert_eq!(find("newroot").1, 0o040_755);
+        assert_eq!(find("modules/00-zebra.ko").3, "content of zebra");
+        assert_eq!(find("modules/01-ant.ko").1, 0o100_644);
+        // A folder before what is in it: the kernel makes no parents.
+        let at = |name: &str| seen.iter().position(|entry| entry.0 == name).unwrap();
+        assert!(at("dev") < at("dev/console") && at("modules") < at("modules/00-zebra.ko"));
+    }
+}

@@ -326,3 +326,6 @@ fn refuse(path: &Path, reason: String) -> BootError {
         reason,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -185,3 +185,141 @@ fn slice(bytes: &[u8], offset: u64, length: u64) -> Option<&[u8]> {
     let end = usize::try_from(offset.checked_add(length)?).ok()?;
     bytes.get(start..end)
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+    use std::io::Write;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// An ELF64 file with one PT_NOTE segment that holds these notes.
+    fn elf(notes: &[(&[u8], u32, &[u8])]) -> Vec<u8> {
+        let mut segment = Vec::new();
+        for (name, kind, desc) in notes {
+            for number in [name.len() as u32, desc.len() as u32, *kind] {
+                segment.extend(number.to_le_bytes());
+            }
+            for part in [name, desc] {
+                segment.extend(*part);
+                segment.resize(segment.len().next_multiple_of(4), 0);
+            }
+        }
+        let mut file = vec![0_u8; 64 + 56];
+        file[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        file[18] = 62;
+        file[32] = 64;
+        file[54] = 56;
+        file[56] = 1;
+        file[64] = 4;
+        file[64 + 8] = 120;
+        file[64 + 32..64 + 40].copy_from_slice(&(segment.len() as u64).to_le_bytes());
+        file.extend(segment);
+        file.extend(b"\0Linux version %s (%s)\0Linux version 6.1.0-doze (x@y) #1\0");
+        file
+    }
+
+    fn kernel() -> Vec<u8> {
+        elf(&[
+            (b"GNU\0", 3, b"build id"),
+            (b"Xen\0", 6, b"linux\0"),
+            (b"Xen\0", PVH_NOTE, &[0; 8]),
+        ])
+    }
+
+    /// A bzImage around a payload, 512 * 3 bytes of setup.
+    fn bzimage(payload: &[u8]) -> Vec<u8> {
+        let mut image = vec![0_u8; 512 * 3];
+        image[0x1f1] = 2;
+        image[0x202..0x206].copy_from_slice(b"HdrS");
+        image[0x206..0x208].copy_from_slice(&0x020f_u16.to_le_bytes());
+        image[0x248..0x24c].copy_from_slice(&7_u32.to_le_bytes());
+        image[0x24c..0x250].copy_from_slice(&(payload.len() as u32).to_le_bytes());
+        image.extend([0xcc; 7]);
+        image.extend(payload);
+        image.extend([0xcc; 99]);
+        image
+    }
+
+    fn with_size(mut compressed: Vec<u8>, kernel: &[u8]) -> Vec<u8> {
+        compressed.extend((kernel.len() as u32).to_le_bytes());
+        compressed
+    }
+
+    fn gzip(kernel: &[u8]) -> Vec<u8> {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        encoder.write_all(kernel).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    fn lz4(kernel: &[u8]) -> Vec<u8> {
+        // The legacy frame that the kernel's build makes: magic, then blocks with their lengths.
+        let mut frame = vec![0x02, 0x21, 0x4c, 0x18];
+        for chunk in kernel.chunks(8 << 20) {
+            let block = lz4_flex::block::compress(chunk);
+            frame.extend((block.len() as u32).to_le_bytes());
+            frame.extend(block);
+        }
+        with_size(frame, kernel)
+    }
+
+    #[test]
+    fn every_supported_method_gives_the_kernel_back() {
+        let kernel = kernel();
+        let zstd = with_size(zstd::encode_all(&kernel[..], 3).unwrap(), &kernel);
+        for payload in [gzip(&kernel), lz4(&kernel), zstd, kernel.clone()] {
+            let image = bzimage(&payload);
+            assert_eq!(extract(&image).unwrap(), kernel);
+        }
+        assert_eq!(extract(&kernel).unwrap(), kernel);
+        assert_eq!(version(&kernel), Some("6.1.0-doze"));
+        assert_eq!(version(b"no banner"), None);
+    }
+
+    #[test]
+    fn what_cannot_boot_is_refused_with_the_reason() {
+        let refused = |image: &[u8], word: &str| {
+            let reason = extract(image).unwrap_err();
+            assert!(reason.contains(word), "{reason:?} does not say {word:?}");
+        };
+        refused(b"", "neither an ELF file nor a bzImage");
+        refused(&[0; 4096], "neither an ELF file nor a bzImage");
+        refused(&bzimage(b"\xfd7zXZ\0 and more"), "compressed with xz");
+        refused(&bzimage(b"something else"), "a method we do not know");
+        refused(&bzimage(b"x"), "payload");
+        refused(&bzimage(&gzip(&kernel())[..40]), "payload is broken");
+        refused(&bzimage(&gzip(b"not a kernel")), "not a 64-bit");
+        refused(
+            &elf(&[(b"GNU\0", PVH_NOTE, b""), (b"Xen\0", 6, b"")]),
+            "CONFIG_PVH",
+        );
+        refused(&kernel()[..150], "truncated");
+        let mut old = bzimage(&gzip(&kernel()));
+        old[0x206] = 0x07;
+        refused(&old, "boot protocol is 2.07");
+        let mut arm = kernel();
+        arm[18] = 183;
+        refused(&arm, "not for x86-64");
+        let image = bzimage(&gzip(&kernel()));
+        refused(&image[..image.len() - 200], "the file has");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+        #[test]
+        fn no_input_panics(at in 0_usize..2000, byte: u8, cut in 0_usize..2500) {
+            let mut image = bzimage(&lz4(&kernel()));
+            let at = at % image.len();
+            image[at] = byte;
+            let _ = extract(&image[..cut.min(image.len())]);
+            let _ = extract(&image);
+            let mut file = kernel();
+            let at = at % file.len();
+            file[at] = byte;
+            let _ = extract(&file);
+            let _ = version(&file);
+        }
+    }
+}

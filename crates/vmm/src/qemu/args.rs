@@ -424,3 +424,6 @@ fn uuid(id: &str) -> String {
 pub(super) fn sockets(machine: &MachineDescription) -> [PathBuf; 2] {
     [qmp_socket(machine), agent_socket(machine)]
 }
+
+#[cfg(test)]
+mod tests;
