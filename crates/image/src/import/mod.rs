@@ -24,6 +24,8 @@ mod oci_layout;
 mod platform;
 pub(crate) mod source;
 mod spec;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use platform::Wanted;
 use source::Source;

@@ -26,8 +26,11 @@ pub enum TarError {
     Read(#[from] io::Error),
 }
 
-/// A header field that does not decode.
-fn field<T>(value: io::Result<T>) -> Result<T, TarError> {
+/// A number of the header, read by the `tar` crate. A blank field is 0, as all readers take it.
+fn field<T: Default>(raw: &[u8], value: io::Result<T>) -> Result<T, TarError> {
+    if raw.iter().all(|b| matches!(b, 0 | b' ')) {
+        return Ok(T::default());
+    }
     value.map_err(|e| malformed(e.to_string()))
 }
 
@@ -165,7 +168,7 @@ impl<R: Skip> TarStream<R> {
                 }
                 return Ok(None);
             };
-            let size = field(header.entry_size())?;
+            let size = field(&header.as_old().size, header.entry_size())?;
             match header.entry_type().as_byte() {
                 b'L' => long_name = Some(self.long_value(size)?),
                 b'K' => long_link = Some(self.long_value(size)?),
@@ -213,7 +216,7 @@ impl<R: Skip> TarStream<R> {
         let sum: u32 = header.as_bytes().iter().map(|b| u32::from(*b)).sum();
         let stored: u32 = header.as_old().cksum.iter().map(|b| u32::from(*b)).sum();
         // The checksum is computed with its own field read as eight blanks.
-        if sum - stored + 8 * u32::from(b' ') != field(header.cksum())? {
+        if sum - stored + 8 * u32::from(b' ') != field(&header.as_old().cksum, header.cksum())? {
             return Err(malformed("a header's checksum is wrong"));
         }
         Ok(Some(header))
@@ -329,6 +332,7 @@ fn entry(
         .or_else(|| text(b"linkpath").cloned())
         .or_else(|| header.link_name_bytes().map(|name| name.into_owned()))
         .unwrap_or_default();
+    let raw = header.as_old();
     let kind = kind(header, &path, size, link)?;
     let size = match kind {
         Kind::File | Kind::Other(_) => number("size")?.unwrap_or(size),
@@ -338,9 +342,9 @@ fn entry(
     Ok(Entry {
         kind,
         size,
-        mode: field(header.mode())? & 0o7777,
-        uid: number("uid")?.map_or_else(|| field(header.uid()), Ok)?,
-        gid: number("gid")?.map_or_else(|| field(header.gid()), Ok)?,
+        mode: field(&raw.mode, header.mode())? & 0o7777,
+        uid: number("uid")?.map_or_else(|| field(&raw.uid, header.uid()), Ok)?,
+        gid: number("gid")?.map_or_else(|| field(&raw.gid, header.gid()), Ok)?,
         mtime: match text(b"mtime") {
             Some(value) => parse_time(value)?,
             None => Time {
@@ -360,9 +364,11 @@ fn entry(
 
 fn kind(header: &tar::Header, path: &[u8], size: u64, link: Vec<u8>) -> Result<Kind, TarError> {
     let device = || -> Result<(u32, u32), TarError> {
+        // Offsets of devmajor and devminor (POSIX.1-2017, pax, "ustar Header Block").
+        let raw = |at: usize| header.as_bytes().get(at..at + 8).unwrap_or_default();
         Ok((
-            field(header.device_major())?.unwrap_or(0),
-            field(header.device_minor())?.unwrap_or(0),
+            field(raw(329), header.device_major())?.unwrap_or(0),
+            field(raw(337), header.device_minor())?.unwrap_or(0),
         ))
     };
     Ok(match header.entry_type().as_byte() {
@@ -391,7 +397,7 @@ fn header_mtime(header: &tar::Header) -> Result<i64, TarError> {
     if header.as_old().mtime.first().is_some_and(|b| *b == 0xff) {
         return Ok(0);
     }
-    Ok(i64::try_from(field(header.mtime())?).unwrap_or(i64::MAX))
+    Ok(i64::try_from(field(&header.as_old().mtime, header.mtime())?).unwrap_or(i64::MAX))
 }
 
 /// `[-]SECONDS[.FRACTION]`.

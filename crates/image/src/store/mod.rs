@@ -130,7 +130,8 @@ impl ImageStore {
         })
     }
 
-    /// All references, sorted by name.
+    /// All references, sorted by name. Damaged ones are left out and logged; [`ImageStore::get`]
+    /// says what is wrong with them.
     pub fn list(&self) -> Result<Vec<Image>, ImageError> {
         let mut images = Vec::new();
         for record in self.refs()? {
@@ -138,6 +139,9 @@ impl ImageStore {
                 Ok(image) => images.push(image),
                 // Deleted between the two looks.
                 Err(ImageError::NotFound(_)) => {}
+                Err(e @ ImageError::Format { .. }) => {
+                    tracing::warn!(error = &e as &dyn std::error::Error, "damaged image");
+                }
                 Err(e) => return Err(e),
             }
         }

@@ -172,6 +172,21 @@ fn folders_of_old_archives_have_only_a_slash() {
 }
 
 #[test]
+fn blank_numbers_are_zero() {
+    let mut archive = LayerBuilder::new().device(b'3', "null", (0, 0)).build();
+    let mut header = tar::Header::from_byte_slice(&archive[..512]).clone();
+    let gnu = header.as_gnu_mut().unwrap();
+    (gnu.uid, gnu.gid, gnu.mode) = ([0; 8], [b' '; 8], [0; 8]);
+    (gnu.size, gnu.mtime) = ([0; 12], [0; 12]);
+    (gnu.dev_major, gnu.dev_minor) = ([0; 8], [0; 8]);
+    header.set_cksum();
+    archive[..512].copy_from_slice(header.as_bytes());
+    let entry = only(&archive);
+    assert_eq!((entry.uid, entry.gid, entry.mode, entry.size), (0, 0, 0, 0));
+    assert_eq!(entry.kind, Kind::CharDevice { major: 0, minor: 0 });
+}
+
+#[test]
 fn times_before_1970_are_1970() {
     let archive = LayerBuilder::new()
         .pax(&[("mtime", b"-5.25")])
