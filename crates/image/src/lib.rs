@@ -10,9 +10,9 @@
 //! ```
 //!
 //! Invariants:
-//! - Nothing an archive says can name a path outside the stage folder it is unpacked in ([`layer`]).
-//! - Nothing is visible in the store before it is durable ([`store`]).
-//! - The same image digest gives the same rootfs bytes with the same `mkfs.erofs` ([`rootfs`]).
+//! - Nothing an archive says can name a path outside the stage folder it is unpacked in (`layer`).
+//! - Nothing is visible in the store before it is durable (`store`).
+//! - The same image digest gives the same rootfs bytes with the same `mkfs.erofs` (`rootfs`).
 use std::{
     collections::BTreeMap,
     io,
@@ -22,11 +22,11 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 mod digest;
-pub mod import;
-pub mod layer;
+mod import;
+mod layer;
 pub mod reference;
-pub mod rootfs;
-pub mod store;
+mod rootfs;
+mod store;
 #[cfg(test)]
 mod testing;
 

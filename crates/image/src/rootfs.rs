@@ -1,9 +1,13 @@
 //! Packs an unpacked image into the one read-only file its instances share.
 //!
 //! The same tree and digest give the same bytes: the file system's UUID comes from the digest, its
-//! build time is fixed, and files keep their own times. Content is stored uncompressed: guests map
-//! it through virtio and the host's page cache keeps one copy for all of them, while each guest
-//! would decompress for itself.
+//! build time is fixed, and files keep their own times.
+//!
+//! Content is stored uncompressed: the host's page cache keeps one copy for all guests, while each
+//! guest would decompress for itself. Measured on the demo image (redis, 17.5 MB of programs and
+//! libraries) in a guest without hardware virtualisation: reading it all with cold caches took
+//! 1.7-2.2 s uncompressed (21.0 MB file) and 2.8-3.5 s with lz4hc (12.3 MB); starting redis, no
+//! difference.
 use std::{
     fs::{File, Permissions},
     io,

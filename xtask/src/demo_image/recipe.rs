@@ -63,7 +63,7 @@ fn base(unpacked: &Path) -> Result<Tree> {
             tree.symlink(&path, "busybox");
         }
     }
-    copyright(unpacked, &["busybox-static"], &mut tree)?;
+    copyright(unpacked, |name| name == "busybox-static", &mut tree)?;
 
     tree.file("etc/passwd", 0o644, BASE_PASSWD);
     tree.file("etc/group", 0o644, BASE_GROUP);
@@ -92,11 +92,7 @@ fn redis(unpacked: &Path) -> Result<Tree> {
         let content = read(&unpacked.join(&library))?;
         tree.file(&merged(&library), 0o755, content);
     }
-    copyright(
-        unpacked,
-        &["redis-server", "redis-tools", "libc6", "libssl3"],
-        &mut tree,
-    )?;
+    copyright(unpacked, |name| name != "busybox-static", &mut tree)?;
     // This layer's own version of files the first one has.
     let user = format!("redis:x:{REDIS}:{REDIS}:redis:/data:/bin/sh\n");
     tree.file("etc/passwd", 0o644, format!("{BASE_PASSWD}{user}"));
@@ -150,11 +146,16 @@ fn merged(path: &str) -> String {
     }
 }
 
-/// Licences travel with the files.
-fn copyright(unpacked: &Path, names: &[&str], tree: &mut Tree) -> Result<()> {
-    for name in names {
+/// Licences travel with the files: those of the packages in this layer.
+fn copyright(unpacked: &Path, wanted: impl Fn(&str) -> bool, tree: &mut Tree) -> Result<()> {
+    let folder = unpacked.join("usr/share/doc");
+    for entry in fs::read_dir(&folder).with_context(|| format!("read {}", folder.display()))? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
         let path = format!("usr/share/doc/{name}/copyright");
-        tree.file(&path, 0o644, read(&unpacked.join(&path))?);
+        // Some packages share another's folder by a link.
+        if wanted(&name) && unpacked.join(&path).exists() {
+            tree.file(&path, 0o644, read(&unpacked.join(&path))?);
+        }
     }
     Ok(())
 }

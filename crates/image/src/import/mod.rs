@@ -11,7 +11,7 @@
 //!
 //! The content decides, never the path's name. An archive that has both (Docker since 25) is read
 //! as an OCI layout, whose manifest digest is the one registries know.
-use std::io::{self, Read};
+use std::io;
 
 use crate::{
     ImageConfig, ImageError, Reference,
@@ -28,7 +28,7 @@ mod spec;
 mod tests;
 
 pub(crate) use platform::Wanted;
-use source::Source;
+use source::{Opened, Source};
 use spec::{Config, Descriptor, PlatformField};
 
 /// Layers an image may have; the kernel's overlay limit is 500, builders stop at 127.
@@ -123,7 +123,7 @@ impl Plan {
 }
 
 impl Layer {
-    fn open<'s>(&self, source: &'s Source) -> Result<(Box<dyn Read + 's>, u64), ImageError> {
+    fn open<'s>(&self, source: &'s Source) -> Result<Opened<'s>, ImageError> {
         source.open_member(&self.member)?.ok_or_else(|| {
             source.format_error(format!("layer {} ({}) is missing", self.label, self.member))
         })

@@ -29,7 +29,7 @@ impl Wanted {
             [os, architecture, variant] => (os, architecture, Some(variant)),
             _ => return Err(Self::malformed(text)),
         };
-        if !parts.iter().all(|part| good(part)) {
+        if !parts.iter().all(good) {
             return Err(Self::malformed(text));
         }
         Ok(Self {

@@ -51,6 +51,9 @@ enum Member {
     Link(String),
 }
 
+/// A member's content and size.
+pub(crate) type Opened<'s> = (Box<dyn Read + 's>, u64);
+
 impl Source {
     /// `scratch` is where a compressed archive is unpacked, at most `limit` bytes of it.
     pub(crate) fn open(path: &Path, scratch: &Path, limit: u64) -> Result<Self, ImageError> {
@@ -85,10 +88,7 @@ impl Source {
     }
 
     /// Content and size of a member; `None` when there is no such file.
-    pub(crate) fn open_member(
-        &self,
-        name: &str,
-    ) -> Result<Option<(Box<dyn Read + '_>, u64)>, ImageError> {
+    pub(crate) fn open_member(&self, name: &str) -> Result<Option<Opened<'_>>, ImageError> {
         let Some(name) = normalise(name.as_bytes()) else {
             return Err(self.format_error(format!("{name:?} is not a path inside it")));
         };
@@ -120,7 +120,7 @@ impl Source {
         }
     }
 
-    fn open_in_folder(&self, name: &str) -> Result<Option<(Box<dyn Read + '_>, u64)>, ImageError> {
+    fn open_in_folder(&self, name: &str) -> Result<Option<Opened<'_>>, ImageError> {
         let path = self.path.join(name);
         let failed = || ImageError::io(format!("open {}", path.display()));
         // Links are followed (build tools link blobs to their caches), but opening must not hang on

@@ -223,7 +223,7 @@ fn the_name_chooses_among_images() {
     let error = chosen("other:7").unwrap_err().to_string();
     assert!(error.contains("v1, docker.io/library/redis:7"), "{error}");
     // A single image is taken whatever it is called.
-    layout.index(&[whole.clone()]);
+    layout.index(std::slice::from_ref(&whole));
     assert_eq!(chosen("other:7").unwrap(), whole["digest"]);
 }
 

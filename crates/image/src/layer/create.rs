@@ -111,7 +111,7 @@ fn file<R: Skip>(
     let set = || -> Result<(), Errno> {
         rustix::fs::fchown(&file, Some(uid), Some(gid))?;
         rustix::fs::fchmod(&file, Mode::from_raw_mode(entry.mode))?;
-        set_xattrs(&entry.xattrs, &|name, value| {
+        set_xattrs(&entry.xattrs, |name, value| {
             rustix::fs::fsetxattr(&file, name, value, XattrFlags::empty())
         })?;
         rustix::fs::futimens(&file, &times(entry.mtime))
@@ -172,7 +172,7 @@ pub(super) fn set_folder_metadata(
                 }
             }
         }
-        set_xattrs(&entry.xattrs, &|name, value| {
+        set_xattrs(&entry.xattrs, |name, value| {
             rustix::fs::fsetxattr(folder, name, value, XattrFlags::empty())
         })
     };
@@ -208,7 +208,7 @@ fn set_special_metadata(
             let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             let fd: OwnedFd = rustix::fs::openat(folder, name, flags, Mode::empty())?;
             let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
-            set_xattrs(&entry.xattrs, &|name, value| {
+            set_xattrs(&entry.xattrs, |name, value| {
                 rustix::fs::setxattr(path.as_str(), name, value, XattrFlags::empty())
             })?;
         }
@@ -249,7 +249,7 @@ fn is_linux_xattr(name: &[u8]) -> bool {
 
 fn set_xattrs(
     xattrs: &BTreeMap<Vec<u8>, Vec<u8>>,
-    set: &dyn Fn(&[u8], &[u8]) -> Result<(), Errno>,
+    set: impl Fn(&[u8], &[u8]) -> Result<(), Errno>,
 ) -> Result<(), Errno> {
     for (name, value) in xattrs.iter().filter(|(name, _)| is_linux_xattr(name)) {
         set(name, value)?;

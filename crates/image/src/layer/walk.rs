@@ -142,7 +142,10 @@ pub(super) fn walk(
             None => match &mut absent {
                 Absent::Refuse => return Err(WalkError::Absent(lossy(&name))),
                 Absent::Create(created) => {
-                    rustix::fs::mkdirat(&place.fd, name.as_slice(), Mode::from_raw_mode(0o755))?;
+                    let mode = Mode::from_raw_mode(0o755);
+                    rustix::fs::mkdirat(&place.fd, name.as_slice(), mode)?;
+                    // Not what the umask left of it.
+                    rustix::fs::chmodat(&place.fd, name.as_slice(), mode, AtFlags::empty())?;
                     let fd = open_folder(place.fd.as_fd(), &name)?;
                     created(place.path_of(&name));
                     place.enter(name, fd)?;

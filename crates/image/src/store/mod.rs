@@ -17,13 +17,17 @@
 //! Content without a name is either used by an instance or waits for [`ImageStore::collect`].
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs, io,
+    fs::{self, File},
+    io,
     path::{Path, PathBuf},
 };
 
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
-use crate::{Image, ImageError, Limits, Reference, ReferenceError, digest::Digest};
+use crate::{
+    Image, ImageError, Limits, Reference, ReferenceError,
+    digest::{Digest, HashReader},
+};
 
 mod import;
 mod record;
@@ -116,7 +120,7 @@ impl ImageStore {
             input: digest.to_owned(),
             reason,
         })?;
-        let named = self.refs()?.into_iter().find(|r| r.digest == digest);
+        let named = self.whole_refs()?.into_iter().find(|r| r.digest == digest);
         if let Some(record) = named {
             return self.image(record);
         }
@@ -134,7 +138,7 @@ impl ImageStore {
     /// says what is wrong with them.
     pub fn list(&self) -> Result<Vec<Image>, ImageError> {
         let mut images = Vec::new();
-        for record in self.refs()? {
+        for record in self.whole_refs()? {
             match self.image(record) {
                 Ok(image) => images.push(image),
                 // Deleted between the two looks.
@@ -173,18 +177,20 @@ impl ImageStore {
         let lock = StoreLock::take(&self.root)?;
         let records = match reference.digest {
             Some(_) => self.refs_at_digest(&reference)?,
-            None => self.read_ref(&reference)?.into_iter().collect(),
+            None => match self.read_ref(&reference) {
+                // Where a damaged record pointed nobody knows: collect() finds the content.
+                Err(ImageError::Format { .. }) => return self.remove_ref(&reference.to_string()),
+                read => read?.into_iter().collect(),
+            },
         };
         if records.is_empty() {
             return Err(ImageError::NotFound(reference.to_string()));
         }
         let mut digests = BTreeSet::new();
         for record in records {
-            let path = self.ref_path(&record.name);
-            fs::remove_file(&path).map_err(ImageError::io(format!("remove {}", path.display())))?;
+            self.remove_ref(&record.name)?;
             digests.insert(record.digest);
         }
-        sync_folder(&self.root.join(REFS))?;
         let doomed = self.unlink_unneeded(digests, in_use)?;
         drop(lock);
         self.discard(doomed)
@@ -212,6 +218,40 @@ impl ImageStore {
         let collected = doomed.iter().map(|d| d.digest.clone()).collect();
         self.discard(doomed)?;
         Ok(collected)
+    }
+
+    /// Reads the rootfs of this digest again and compares it with the checksum taken when it was
+    /// built. [`ImageStore::get`] compares its size only.
+    ///
+    /// # Errors
+    /// `Digest` when a byte has changed since: import the image again after deleting it.
+    pub fn verify(&self, digest: &str) -> Result<(), ImageError> {
+        let image = self.by_digest(digest)?;
+        let parsed: Digest = image.digest.parse().map_err(|reason| ReferenceError {
+            input: digest.to_owned(),
+            reason,
+        })?;
+        let Some(blob) = self.read_blob(&parsed)? else {
+            return Err(ImageError::NotFound(digest.to_owned()));
+        };
+        let (found, _) = File::open(&image.rootfs)
+            .and_then(|file| HashReader::new(file).finish())
+            .map_err(ImageError::io(format!("read {}", image.rootfs.display())))?;
+        if found.to_string() == blob.rootfs_digest {
+            return Ok(());
+        }
+        Err(ImageError::Digest {
+            what: image.rootfs.display().to_string(),
+            expected: blob.rootfs_digest,
+            found: found.to_string(),
+        })
+    }
+
+    /// Durably. The store is locked.
+    fn remove_ref(&self, name: &str) -> Result<(), ImageError> {
+        let path = self.ref_path(name);
+        fs::remove_file(&path).map_err(ImageError::io(format!("remove {}", path.display())))?;
+        sync_folder(&self.root.join(REFS))
     }
 
     /// Moves content nobody needs out of sight. The store is locked.
@@ -310,25 +350,46 @@ impl ImageStore {
         record::read(&self.ref_path(&reference.to_string()))
     }
 
-    /// All names, sorted.
+    /// All names, sorted. An error when one cannot be read: what it needs is unknown then.
     fn refs(&self) -> Result<Vec<RefRecord>, ImageError> {
+        self.read_refs()?.into_iter().collect()
+    }
+
+    /// All names that can be read, sorted; the others are logged.
+    fn whole_refs(&self) -> Result<Vec<RefRecord>, ImageError> {
+        let mut records = Vec::new();
+        for record in self.read_refs()? {
+            match record {
+                Err(e @ ImageError::Format { .. }) => {
+                    tracing::warn!(error = &e as &dyn std::error::Error, "damaged image name");
+                }
+                record => records.push(record?),
+            }
+        }
+        Ok(records)
+    }
+
+    fn read_refs(&self) -> Result<Vec<Result<RefRecord, ImageError>>, ImageError> {
         let folder = self.root.join(REFS);
         let failed = || ImageError::io(format!("look into {}", folder.display()));
-        let mut records: Vec<RefRecord> = Vec::new();
+        let mut records = Vec::new();
         for entry in fs::read_dir(&folder).map_err(failed())? {
             let name = entry.map_err(failed())?.file_name();
             if name.to_str().is_some_and(record::is_ref_file_name) {
                 // Gone meanwhile is fine.
-                records.extend(record::read(&folder.join(name))?);
+                records.extend(record::read::<RefRecord>(&folder.join(name)).transpose());
             }
         }
-        records.sort_by(|a, b| a.name.cmp(&b.name));
+        records.sort_by(|a, b| match (a, b) {
+            (Ok(a), Ok(b)) => a.name.cmp(&b.name),
+            (a, b) => a.is_ok().cmp(&b.is_ok()),
+        });
         Ok(records)
     }
 
     /// Names of the reference's repository that point at the reference's digest, sorted.
     fn refs_at_digest(&self, reference: &Reference) -> Result<Vec<RefRecord>, ImageError> {
-        let mut records = self.refs()?;
+        let mut records = self.whole_refs()?;
         records.retain(|record| {
             Some(&record.digest) == reference.digest.as_ref()
                 && record

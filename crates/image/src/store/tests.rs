@@ -98,7 +98,7 @@ fn an_oci_layout_becomes_an_image() {
             (image.digest.clone(), image.rootfs.clone())
         );
     }
-    assert_eq!(reopened.list().unwrap(), [image.clone()]);
+    assert_eq!(reopened.list().unwrap(), std::slice::from_ref(&image));
 
     reopened.delete("demo", &|_| false).unwrap();
     assert!(matches!(reopened.get("demo"), Err(ImageError::NotFound(_))));
@@ -404,6 +404,34 @@ fn records_of_another_version_are_refused_by_name() {
     fs::write(&file, text).unwrap();
     let error = store.get("demo").unwrap_err();
     assert!(error.to_string().contains("version 7"), "{error}");
+    // One unreadable name hides no other, but nothing is collected while its needs are unknown.
+    import(&store, "other", &path).unwrap();
+    assert_eq!(store.list().unwrap().len(), 1);
+    assert!(matches!(
+        store.collect(&|_| false),
+        Err(ImageError::Format { .. })
+    ));
+    store.delete("demo", &|_| false).unwrap();
+    assert!(!file.exists());
+    assert!(store.collect(&|_| false).unwrap().is_empty());
+}
+
+#[test]
+fn a_changed_byte_of_the_rootfs_is_found() {
+    let temp = TempDir::new().unwrap();
+    let store = store(temp.path());
+    let path = temp.path().join("layout");
+    let digest = layout(&path, "hello");
+    let image = import(&store, "demo", &path).unwrap();
+    store.verify(&digest).unwrap();
+    let mut content = fs::read(&image.rootfs).unwrap();
+    content[2000] ^= 1;
+    fs::remove_file(&image.rootfs).unwrap();
+    fs::write(&image.rootfs, content).unwrap();
+    assert!(matches!(
+        store.verify(&digest),
+        Err(ImageError::Digest { .. })
+    ));
 }
 
 #[test]
