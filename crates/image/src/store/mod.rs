@@ -224,7 +224,7 @@ impl ImageStore {
     /// built. [`ImageStore::get`] compares its size only.
     ///
     /// # Errors
-    /// `Digest` when a byte has changed since: import the image again after deleting it.
+    /// `Digest` when a byte has changed since: delete the image, then import it again.
     pub fn verify(&self, digest: &str) -> Result<(), ImageError> {
         let image = self.by_digest(digest)?;
         let parsed: Digest = image.digest.parse().map_err(|reason| ReferenceError {
@@ -306,7 +306,7 @@ impl ImageStore {
             return Ok(None);
         };
         let damaged = |reason: String| {
-            let reason = format!("{reason}; delete the image and import it again");
+            let reason = format!("{reason}; import the image again to replace it");
             Err(ImageError::format(&path, reason))
         };
         if record.digest != digest.to_string() {

@@ -373,7 +373,10 @@ fn damaged_content_is_told_and_mended_by_another_import() {
     fs::remove_file(&image.rootfs).unwrap();
     fs::write(&image.rootfs, b"short").unwrap();
     let error = store.get("demo").unwrap_err();
-    assert!(error.to_string().contains("import it again"), "{error}");
+    assert!(
+        error.to_string().contains("import the image again"),
+        "{error}"
+    );
     assert_eq!(
         store.list().unwrap().len(),
         1,
