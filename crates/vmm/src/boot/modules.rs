@@ -29,6 +29,8 @@ const WANTED: &[(&str, Need)] = &[
     // Without these two a guest runs, with less entropy at first and without giving memory back.
     ("virtio_rng", Need::May),
     ("virtio_balloon", Need::May),
+    // Without it a kernel panic looks like a shutdown.
+    ("pvpanic_mmio", Need::May),
     // The control channel of monitors that have a vsock.
     ("vsock", Need::May),
     ("vmw_vsock_virtio_transport", Need::May),

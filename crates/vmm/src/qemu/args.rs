@@ -9,6 +9,7 @@
 //!     |------ virtio-balloon    free-page reporting: pages the guest freed become holes in the memory file
 //!     |------ virtio-blk        one for each disk, found by serial
 //!     |------ virtio-net        on an existing TAP
+//!     |------ pvpanic           tells a kernel panic from a shutdown
 //!     '------ ttyS0 -> stdout -> VMM log
 //! ```
 //!
@@ -236,8 +237,8 @@ impl Args {
         self.plain("-display", "none");
         // CPUs wait for `cont`.
         self.flag("-S");
-        // A reboot ends the run like a power-off, and the process stays until it is killed, so that
-        // nobody has to guess from an exit code what the guest did.
+        // A reboot ends the run like a power-off, a panic ends it as a failure, and the process stays until
+        // it is killed, so that nobody has to guess from an exit code what the guest did.
         self.plain("-action", "reboot=shutdown,shutdown=pause,panic=pause");
         // The filter is in force before QEMU changes its user, which `elevateprivileges=deny` (also
         // `children`) would answer with a signal. Afterwards no capability is left and
@@ -338,6 +339,8 @@ impl Args {
             "virtio-balloon",
             "id=balloon,free-page-reporting=on",
         );
+        // On the ISA bus, which the microvm has, too: no transport is spent on it.
+        self.plain("-device", "pvpanic");
         for (i, disk) in machine.disks.iter().enumerate() {
             let read_only = if disk.read_only { "on" } else { "off" };
             self.keyed(

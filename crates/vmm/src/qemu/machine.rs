@@ -101,8 +101,7 @@ pub(super) async fn take_up(
     during: &'static str,
 ) -> Result<Option<QemuMachine>, VmmError> {
     let first = async {
-        let mut qmp = connect(&places.qmp_socket).await;
-        check_peer(&qmp, process.id())?;
+        let mut qmp = connect(&places.qmp_socket, process.id()).await?;
         let state = qmp.execute(&QueryStatus {}, COMMAND_DEADLINE).await;
         Ok::<_, VmmError>((qmp, meaning(&state.map_err(for_caller)?)))
     };
@@ -175,13 +174,16 @@ fn check_peer(qmp: &Qmp, id: &ProcessId) -> Result<(), VmmError> {
     })
 }
 
-/// Tries until it succeeds; the caller bounds it. Nothing announces a listening socket (the file
+/// Tries until the process answers; the caller bounds it. Nothing announces a listening socket (the file
 /// appears before `listen`), hence the attempts, at most ten a second.
-async fn connect(path: &Path) -> Qmp {
+///
+/// # Errors
+/// Only when another process answers.
+async fn connect(path: &Path, id: &ProcessId) -> Result<Qmp, VmmError> {
     let mut pause = RETRY_FIRST;
     loop {
         match Qmp::connect(path, COMMAND_DEADLINE).await {
-            Ok(qmp) => return qmp,
+            Ok(qmp) => return check_peer(&qmp, id).map(|()| qmp),
             Err(e) => tracing::trace!(path = %path.display(), error = %e, "not connected yet"),
         }
         sleep(pause).await;
@@ -266,7 +268,15 @@ impl Keeper {
             qmp = tokio::select! {
                 biased;
                 () = gone.as_mut() => break,
-                qmp = connect(&self.qmp_socket) => qmp,
+                qmp = connect(&self.qmp_socket, process.id()) => match qmp {
+                    Ok(qmp) => qmp,
+                    Err(e) => {
+                        // Nobody to talk to; requests run into their deadline. Killing still works.
+                        tracing::error!(pid = process.id().pid, error = %e, "no way back to the VMM");
+                        gone.as_mut().await;
+                        break;
+                    }
+                },
             };
         }
         // Before the inbox closes: who finds it closed must find `Gone` published.
@@ -438,3 +448,6 @@ pub(super) async fn end(process: &ProcessHandle) -> Result<(), VmmError> {
         })?
         .map_err(cannot_watch)
 }
+
+#[cfg(test)]
+mod tests;

@@ -68,7 +68,8 @@ pub fn base_cmdline(kind: Hypervisor, accel: Accel) -> String {
     let mut words = vec![
         "console=ttyS0",
         "quiet",
-        // A panic reboots at once, a reboot is a triple fault, and that ends the run (`-action`).
+        // A reboot is a triple fault, and that ends the run (`-action`). So does a panic, at the latest
+        // by rebooting at once.
         "reboot=t",
         "panic=-1",
         "nowatchdog",

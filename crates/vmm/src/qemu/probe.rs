@@ -109,7 +109,8 @@ impl Prober {
     fn pick_machine_type(&self, answers: &Answers) -> Result<String, VmmError> {
         let picked = match self.kind {
             Hypervisor::QemuMicrovm => answers.machines.iter().find(|name| *name == "microvm"),
-            _ => newest_q35(&answers.machines),
+            Hypervisor::Qemu => newest_q35(&answers.machines),
+            Hypervisor::CloudHypervisor | Hypervisor::Firecracker => None,
         };
         picked.cloned().ok_or_else(|| VmmError::Missing {
             what: format!(

@@ -1,11 +1,13 @@
 /* PID 1 of the test guest: loads the modules of the initramfs in the order of their names, reports what
  * it sees on the console, then ticks and obeys single letters from the control port:
- * p power off, r reboot, c crash (PID 1 ends: the kernel panics), e echo. */
+ * p power off, r reboot, c crash (PID 1 ends: the kernel panics), e echo, m fill 64 MiB and answer,
+ * f free them and answer. */
 #include <dirent.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/syscall.h>
@@ -74,7 +76,8 @@ static int open_port(const char *wanted)
 
 int main(void)
 {
-	char uptime[100];
+	char uptime[100], *filled = 0;
+	const size_t size = 64 << 20;
 	mount("proc", "/proc", "proc", 0, 0);
 	mount("sysfs", "/sys", "sysfs", 0, 0);
 	mount("dev", "/dev", "devtmpfs", 0, 0);
@@ -100,7 +103,13 @@ int main(void)
 			reboot(RB_AUTOBOOT);
 		if (c == 'c')
 			return 1;
-		if (c == 'e')
+		if (c == 'm') {
+			filled = mmap(0, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+			memset(filled, 0x5a, size);
+		}
+		if (c == 'f')
+			munmap(filled, size);
+		if (c == 'e' || c == 'm' || c == 'f')
 			write(control, "E", 1);
 	}
 }

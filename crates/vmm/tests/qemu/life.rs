@@ -4,6 +4,8 @@ use std::{os::unix::fs::MetadataExt, time::Instant};
 use doze_host::process::{ProcessHandle, find_marked};
 use doze_vmm::{Hypervisor, MachineStatus, VmmError, qemu};
 
+use tokio::io::AsyncWriteExt;
+
 use crate::fixture::{Bench, PATIENCE, read_byte, report, tcg, wait_status};
 
 /// Every case on both boards.
@@ -18,6 +20,7 @@ on_both_boards! {
     boots_pauses_resumes_and_powers_off
     sees_its_devices_and_keeps_its_memory_sparse
     a_reboot_and_a_panic_end_the_run
+    memory_the_guest_freed_goes_back_to_the_host
     a_killed_process_is_noticed
     is_found_again_after_the_server_went_away
     runs_with_four_cpus_as_an_unprivileged_user
@@ -139,14 +142,53 @@ async fn sees_its_devices_and_keeps_its_memory_sparse(kind: Hypervisor) {
 }
 
 async fn a_reboot_and_a_panic_end_the_run(kind: Hypervisor) {
-    for letter in [b'r', b'c'] {
+    for (letter, expected) in [
+        (b'r', MachineStatus::Shutdown),
+        (b'c', MachineStatus::Failed),
+    ] {
         let bench = Bench::new(kind, tcg()).await;
         let machine = bench.boot().await;
         bench.command(letter).await;
-        wait_status(&*machine, MachineStatus::Shutdown).await;
+        wait_status(&*machine, expected).await;
         assert_eq!(bench.log().matches("test: init").count(), 1);
         machine.kill().await.unwrap();
     }
+}
+
+async fn memory_the_guest_freed_goes_back_to_the_host(kind: Hypervisor) {
+    let bench = Bench::new(kind, tcg()).await;
+    let machine = bench.boot().await;
+    let allocated = || {
+        std::fs::metadata(&bench.machine.memory.path)
+            .unwrap()
+            .blocks()
+            * 512
+    };
+    let mut control = bench.command(b'm').await;
+    assert_eq!(read_byte(&mut control).await, b'E');
+    let filled = allocated();
+    control.write_all(b"f").await.unwrap();
+    assert_eq!(read_byte(&mut control).await, b'E');
+    // The guest reports every two seconds, and only whole free blocks of 2 MiB (page_reporting_order), so that
+    // not all of the 64 MiB come back. A hole in a file raises no event.
+    let mut look = tokio::time::interval(std::time::Duration::from_millis(100));
+    let returned = tokio::time::timeout(PATIENCE, async {
+        while allocated() + (32 << 20) > filled {
+            look.tick().await;
+        }
+    });
+    assert!(
+        returned.await.is_ok(),
+        "{} MiB then, {} now",
+        filled >> 20,
+        allocated() >> 20
+    );
+    println!(
+        "memory: {} MiB filled, {} MiB after the guest freed 64",
+        filled >> 20,
+        allocated() >> 20
+    );
+    machine.kill().await.unwrap();
 }
 
 async fn a_killed_process_is_noticed(kind: Hypervisor) {

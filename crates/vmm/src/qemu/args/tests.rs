@@ -84,6 +84,7 @@ fn q35_under_tcg() {
 -object rng-random,id=entropy,filename=/dev/urandom
 -device virtio-rng-pci,rng=entropy
 -device virtio-balloon-pci,id=balloon,free-page-reporting=on
+-device pvpanic
 -blockdev driver=file,node-name=disk0,filename=/d/doze-rootfs,read-only=on,auto-read-only=off,locking=on,discard=unmap,aio=threads,cache.direct=off,cache.no-flush=off
 -device virtio-blk-pci,drive=disk0,serial=doze-rootfs,werror=report,rerror=report
 -blockdev driver=file,node-name=disk1,filename=/d/doze-overlay,read-only=off,auto-read-only=off,locking=on,discard=unmap,aio=threads,cache.direct=off,cache.no-flush=off
@@ -127,6 +128,7 @@ fn microvm_under_tcg() {
 -object rng-random,id=entropy,filename=/dev/urandom
 -device virtio-rng-device,rng=entropy
 -device virtio-balloon-device,id=balloon,free-page-reporting=on
+-device pvpanic
 -blockdev driver=file,node-name=disk0,filename=/d/doze-rootfs,read-only=on,auto-read-only=off,locking=on,discard=unmap,aio=threads,cache.direct=off,cache.no-flush=off
 -device virtio-blk-device,drive=disk0,serial=doze-rootfs,werror=report,rerror=report
 -blockdev driver=file,node-name=disk1,filename=/d/doze-overlay,read-only=off,auto-read-only=off,locking=on,discard=unmap,aio=threads,cache.direct=off,cache.no-flush=off
