@@ -42,6 +42,8 @@ pub(crate) struct Shared {
     pub ctx: Arc<Context>,
     pub registry: Registry,
     closing: AtomicBool,
+    /// Read: a create between looking its image up and being in the registry. Write: content goes.
+    pub image_gate: tokio::sync::RwLock<()>,
 }
 
 /// Handle to the engine; clones share it.
@@ -73,9 +75,11 @@ impl Engine {
                 ctx,
                 registry: Registry::default(),
                 closing: AtomicBool::new(false),
+                image_gate: tokio::sync::RwLock::new(()),
             }),
         };
         engine.recover(stored).await;
+        engine.collect_images().await;
         Ok(engine)
     }
 
@@ -139,6 +143,7 @@ impl Engine {
     /// Makes and boots an instance; answers when the guest's CPUs run (state `Initializing`).
     pub async fn create(&self, request: CreateRequest) -> Result<InstanceView, EngineError> {
         self.check_open()?;
+        let gate = self.shared.image_gate.read().await;
         let name = request.name.clone();
         let spec = self.plan(request).await?;
         let ctx = &self.shared.ctx;
@@ -177,6 +182,7 @@ impl Engine {
             .map_err(store_error)?;
         let (instance, published) = Instance::new(ctx.clone(), stored);
         let entry = self.drive(instance, published);
+        drop(gate);
         // The driver goes on whether or not anybody waits here.
         let view = ask(&entry, |reply| Message::Create { reply }).await?;
         Ok((*view).clone())

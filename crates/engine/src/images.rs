@@ -1,7 +1,10 @@
 //! Images, as the engine offers them: the store's own calls, plus what instances need of them.
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{
+    collections::{BTreeMap, HashSet},
+    path::PathBuf,
+};
 
-use doze_image::{Image, ImportEvent};
+use doze_image::{Image, ImageError, ImportEvent};
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::{
@@ -42,33 +45,50 @@ impl Engine {
 
     /// Refused while an instance uses it.
     pub async fn image_delete(&self, name: &str) -> Result<(), EngineError> {
-        let image = self.shared.ctx.image(name).await?;
-        let users: Vec<_> = self
-            .list()
-            .into_iter()
-            .filter(|view| view.spec.image_digest == image.digest)
-            .collect();
-        // Another reference may keep the content; the last one must not go while it is in use.
-        let references = self.image_list().await?;
-        let others = references
-            .iter()
-            .any(|i| i.digest == image.digest && i.name != image.name);
-        if !users.is_empty() && !others {
-            return Err(EngineError::ImageInUse {
-                name: image.name,
-                instances: users.iter().map(|view| view.name.clone()).collect(),
-            });
+        // From here to the end no create is between looking its image up and being in the registry.
+        let _gate = self.shared.image_gate.write().await;
+        match self.shared.ctx.image(name).await {
+            Ok(image) => self.check_unused(&image)?,
+            // A damaged image cannot be used by anybody and can be deleted all the same.
+            Err(EngineError::Image(ImageError::Format { .. })) => {}
+            Err(error) => return Err(error),
         }
-        let in_use: std::collections::HashSet<String> = self
+        let (images, name, used) =
+            (self.shared.ctx.images.clone(), name.to_owned(), self.used_digests());
+        blocking("deleting an image", move || images.delete(&name, &|d| used.contains(d)))
+            .await?
+            .map_err(image_error)
+    }
+
+    fn check_unused(&self, image: &Image) -> Result<(), EngineError> {
+        let users: Vec<String> = self
             .list()
             .iter()
-            .map(|view| view.spec.image_digest.clone())
+            .filter(|view| view.spec.image_digest == image.digest)
+            .map(|view| view.name.clone())
             .collect();
-        let (images, name) = (self.shared.ctx.images.clone(), name.to_owned());
-        blocking("deleting an image", move || {
-            images.delete(&name, &|digest| in_use.contains(digest))
-        })
-        .await?
-        .map_err(image_error)
+        if users.is_empty() {
+            return Ok(());
+        }
+        Err(EngineError::ImageInUse { name: image.name.clone(), instances: users })
+    }
+
+    fn used_digests(&self) -> HashSet<String> {
+        self.list().iter().map(|view| view.spec.image_digest.clone()).collect()
+    }
+
+    /// Removes image content that neither a name nor an instance needs: what stayed when a name moved on
+    /// while an instance used the old content.
+    pub(crate) async fn collect_images(&self) {
+        let _gate = self.shared.image_gate.write().await;
+        let (images, used) = (self.shared.ctx.images.clone(), self.used_digests());
+        let outcome = blocking("collecting images", move || images.collect(&|d| used.contains(d)));
+        match outcome.await {
+            Ok(Ok(removed)) if removed.is_empty() => {}
+            Ok(Ok(removed)) => tracing::info!(?removed, "removed image content nobody needs"),
+            // It costs disk, nothing else; the next start tries again.
+            Ok(Err(error)) => tracing::warn!(%error, "collecting images"),
+            Err(error) => tracing::warn!(%error, "collecting images"),
+        }
     }
 }

@@ -297,7 +297,7 @@ fn write_group(connection: &mut Connection, group: Vec<Job>) {
         transaction.commit()
     })();
     for answer in answers {
-        answer(outcome.as_ref().map(|()| ()));
+        answer(outcome.as_ref().copied());
     }
     if let Err(error) = outcome {
         tracing::error!(%error, "store transaction failed");
