@@ -249,3 +249,43 @@ fn guest_config(instance: &Instance, image: &ImageConfig) -> Result<GuestConfig,
         skip_guest_agent: spec.skip_guest_agent,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+
+    /// The monitor cannot depend on the agent's crate; the guest finds its ports by these names.
+    #[test]
+    fn monitor_and_guest_mean_the_same_ports() {
+        assert_eq!(qemu::CONTROL_PORT, config::CONTROL_PORT);
+        assert_eq!(qemu::APP_LOG_PORT, config::APP_LOG_PORT);
+    }
+
+    #[test]
+    fn an_entrypoint_of_the_request_drops_the_images_command() {
+        let words = |text: &str| Some(text.split(' ').map(str::to_owned).collect::<Vec<_>>());
+        let image = ImageConfig {
+            entrypoint: words("/entry"),
+            cmd: words("serve --all"),
+            ..ImageConfig::default()
+        };
+        let spec = |entrypoint: Option<&str>, cmd: Option<&str>| {
+            let mut spec: InstanceSpec = serde_json::from_value(serde_json::json!({
+                "image": "i", "image_digest": "d", "platform": "p", "hypervisor": "qemu",
+                "vcpus": 1, "memory_bytes": 1, "overlay_bytes": 1, "env": {}, "tags": {},
+                "entrypoint": null, "cmd": null, "network_enabled": false,
+                "skip_guest_agent": false
+            }))
+            .unwrap();
+            spec.entrypoint = entrypoint.and_then(words);
+            spec.cmd = cmd.and_then(words);
+            spec
+        };
+        assert_eq!(argv(&spec(None, None), &image), ["/entry", "serve", "--all"]);
+        assert_eq!(argv(&spec(None, Some("one")), &image), ["/entry", "one"]);
+        assert_eq!(argv(&spec(Some("/bin/sh"), None), &image), ["/bin/sh"]);
+        assert_eq!(argv(&spec(Some("/bin/sh"), Some("-c x")), &image), ["/bin/sh", "-c", "x"]);
+        assert!(argv(&spec(None, None), &ImageConfig::default()).is_empty());
+    }
+}
