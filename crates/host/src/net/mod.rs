@@ -50,7 +50,7 @@ pub struct NetworkConfig {
     pub subnet: Subnet,
     /// The bridge's own address, the guests' gateway (first host of the subnet by default).
     pub gateway: Ipv4Addr,
-    /// Name of our nftables table (family inet and bridge): 1 to 31 characters of `[a-z0-9-]`,
+    /// Name of our nftables table (family inet and bridge): 1 to 31 characters of `[A-Za-z0-9_-]`,
     /// starting with a letter.
     pub table: String,
     /// Let guests open connections to the host itself. Off by default.

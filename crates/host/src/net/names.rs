@@ -45,7 +45,8 @@ impl fmt::Display for LinkName {
     }
 }
 
-/// A name of our table: 1 to 31 characters of `[a-z0-9-]`, starting with a letter.
+/// A name of our table: 1 to 31 characters of `[A-Za-z0-9_-]`, starting with a letter; a subset of what
+/// nft(8) takes as an identifier.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct TableName(String);
 
@@ -53,9 +54,9 @@ impl TableName {
     fn new(name: &str) -> Result<Self, NetError> {
         let characters = name
             .bytes()
-            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
-        if name.len() > 31 || !characters || !name.starts_with(|c: char| c.is_ascii_lowercase()) {
-            let allowed = "1 to 31 characters of a-z, 0-9 and -, starting with a letter";
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'));
+        if name.len() > 31 || !characters || !name.starts_with(|c: char| c.is_ascii_alphabetic()) {
+            let allowed = "1 to 31 letters, digits, '_' and '-', starting with a letter";
             return Err(invalid("network.table", name, allowed));
         }
         Ok(Self(name.to_owned()))
