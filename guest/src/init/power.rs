@@ -18,6 +18,6 @@ pub(super) fn off() -> ! {
             super::console::say(format_args!("{command:?}: {error}"));
         }
     }
-    // Only a kernel that refuses all three gets here; its panic on our end then ends the machine.
-    std::process::exit(1)
+    // Only a kernel that refuses all three gets here; its panic about the end of init then ends the machine.
+    std::process::abort()
 }

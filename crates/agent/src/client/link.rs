@@ -31,7 +31,6 @@ pub(super) async fn run(shared: Arc<Shared>, socket: PathBuf) {
 async fn keep_connected(shared: &Shared, socket: &Path) {
     let mut retry = RETRY_FIRST;
     loop {
-        let connected_at = Instant::now();
         let problem = match UnixStream::connect(socket).await {
             Ok(stream) => {
                 let (reader, writer) = stream.into_split();
@@ -39,11 +38,12 @@ async fn keep_connected(shared: &Shared, socket: &Path) {
                     .endpoint
                     .drive(reader, writer, |event| dispatch(shared, event))
                     .await;
-                shared
+                // A connection that served its purpose deserves a prompt new one; one that closes at once is
+                // not to be hammered.
+                if shared
                     .view
-                    .send_if_modified(|v| std::mem::replace(&mut v.connected, false));
-                // A connection that held deserves a prompt new one; one that closes at once is not to be hammered.
-                if connected_at.elapsed() > RETRY_MAX {
+                    .send_if_modified(|v| std::mem::replace(&mut v.connected, false))
+                {
                     retry = RETRY_FIRST;
                 }
                 match ended {
