@@ -120,7 +120,7 @@ fn network(reader: &mut Reader) -> Network {
         // Two servers in one network namespace have two bridges, so they get two tables as well.
         table: reader.or(
             "network.table",
-            format!("doze_{}", bridge.replace(['-', '.'], "_")),
+            format!("doze-{}", bridge.replace(['.', '_'], "-")),
             table_name,
         ),
         bridge,
