@@ -25,6 +25,7 @@ pub struct Context {
     /// Outcome of the last attempt to set the network up, for readers that must not wait.
     network_error: Mutex<Option<String>>,
     memory: Mutex<HashMap<String, u64>>,
+    boot: tokio::sync::Mutex<()>,
     total_memory: u64,
 }
 
@@ -49,6 +50,7 @@ impl Context {
             network: tokio::sync::Mutex::new(None),
             network_error: Mutex::new(None),
             memory: Mutex::new(HashMap::new()),
+            boot: tokio::sync::Mutex::new(()),
             total_memory,
         }
     }
@@ -90,6 +92,8 @@ impl Context {
 
     /// Kernel and initramfs, prepared once and found again afterwards.
     pub async fn boot_files(&self) -> Result<BootFiles, EngineError> {
+        // Unpacking a kernel takes a second of CPU: those who come meanwhile wait for the first.
+        let _one_at_a_time = self.boot.lock().await;
         let source = self.config.kernel.clone();
         let cache = self.config.data_dir.join("boot");
         blocking("preparing kernel and initramfs", move || {

@@ -80,7 +80,19 @@ impl Engine {
         };
         engine.recover(stored).await;
         engine.collect_images().await;
+        engine.warm_up();
         Ok(engine)
+    }
+
+    /// Prepares kernel and initramfs before the first create asks for them.
+    fn warm_up(&self) {
+        let ctx = self.shared.ctx.clone();
+        tokio::spawn(async move {
+            // The same error meets the first create, which says what to do.
+            if let Err(error) = ctx.boot_files().await {
+                tracing::warn!(%error, "instances cannot boot");
+            }
+        });
     }
 
     /// A record that cannot be made true keeps its instance visible and the server up; the reason is in

@@ -53,11 +53,16 @@ impl Engine {
             Err(EngineError::Image(ImageError::Format { .. })) => {}
             Err(error) => return Err(error),
         }
-        let (images, name, used) =
-            (self.shared.ctx.images.clone(), name.to_owned(), self.used_digests());
-        blocking("deleting an image", move || images.delete(&name, &|d| used.contains(d)))
-            .await?
-            .map_err(image_error)
+        let (images, name, used) = (
+            self.shared.ctx.images.clone(),
+            name.to_owned(),
+            self.used_digests(),
+        );
+        blocking("deleting an image", move || {
+            images.delete(&name, &|d| used.contains(d))
+        })
+        .await?
+        .map_err(image_error)
     }
 
     fn check_unused(&self, image: &Image) -> Result<(), EngineError> {
@@ -70,11 +75,17 @@ impl Engine {
         if users.is_empty() {
             return Ok(());
         }
-        Err(EngineError::ImageInUse { name: image.name.clone(), instances: users })
+        Err(EngineError::ImageInUse {
+            name: image.name.clone(),
+            instances: users,
+        })
     }
 
     fn used_digests(&self) -> HashSet<String> {
-        self.list().iter().map(|view| view.spec.image_digest.clone()).collect()
+        self.list()
+            .iter()
+            .map(|view| view.spec.image_digest.clone())
+            .collect()
     }
 
     /// Removes image content that neither a name nor an instance needs: what stayed when a name moved on
@@ -82,7 +93,9 @@ impl Engine {
     pub(crate) async fn collect_images(&self) {
         let _gate = self.shared.image_gate.write().await;
         let (images, used) = (self.shared.ctx.images.clone(), self.used_digests());
-        let outcome = blocking("collecting images", move || images.collect(&|d| used.contains(d)));
+        let outcome = blocking("collecting images", move || {
+            images.collect(&|d| used.contains(d))
+        });
         match outcome.await {
             Ok(Ok(removed)) if removed.is_empty() => {}
             Ok(Ok(removed)) => tracing::info!(?removed, "removed image content nobody needs"),

@@ -282,10 +282,16 @@ mod tests {
             spec.cmd = cmd.and_then(words);
             spec
         };
-        assert_eq!(argv(&spec(None, None), &image), ["/entry", "serve", "--all"]);
+        assert_eq!(
+            argv(&spec(None, None), &image),
+            ["/entry", "serve", "--all"]
+        );
         assert_eq!(argv(&spec(None, Some("one")), &image), ["/entry", "one"]);
         assert_eq!(argv(&spec(Some("/bin/sh"), None), &image), ["/bin/sh"]);
-        assert_eq!(argv(&spec(Some("/bin/sh"), Some("-c x")), &image), ["/bin/sh", "-c", "x"]);
+        assert_eq!(
+            argv(&spec(Some("/bin/sh"), Some("-c x")), &image),
+            ["/bin/sh", "-c", "x"]
+        );
         assert!(argv(&spec(None, None), &ImageConfig::default()).is_empty());
     }
 }
