@@ -7,6 +7,7 @@
 //! ```
 mod config;
 mod convert;
+pub mod debug;
 mod dns;
 mod http;
 mod lock;

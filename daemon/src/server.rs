@@ -236,3 +236,131 @@ impl axum::serve::Listener for Connections {
         self.0.local_addr()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+    use std::{os::unix::fs::PermissionsExt, time::Duration};
+
+    use doze_api::{Client, ClientError, CreateInstanceRequest, client::InstanceFilter};
+    use tokio::sync::oneshot;
+
+    use super::*;
+
+    fn config(data_dir: &Path) -> Config {
+        let port = std::net::TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
+        let variables = [
+            ("DOZE_DATA_DIR", data_dir.display().to_string()),
+            ("DOZE_LISTEN", format!("127.0.0.1:{port}")),
+            ("DOZE_NETWORK__ENABLED", "false".to_owned()),
+        ];
+        Config::parse(None, variables.map(|(name, text)| (name.to_owned(), text))).unwrap()
+    }
+
+    async fn answering(client: &Client) {
+        while client.health().await.is_err() {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_server_comes_serves_and_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("data");
+        let config = config(&data);
+        let (stop, stopped) = oneshot::channel::<()>();
+        let running = tokio::spawn(run(config.clone(), async move {
+            let _ = stopped.await;
+            "test"
+        }));
+        let url = format!("http://{}", config.listen);
+        answering(&Client::new(&url, None).unwrap()).await;
+
+        // The folder is ours alone, and a second server is told so.
+        let mode = std::fs::metadata(&data).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o700);
+        let error = run(config.clone(), std::future::pending())
+            .await
+            .unwrap_err();
+        assert!(
+            format!("{error:#}").contains("another doze server"),
+            "{error:#}"
+        );
+
+        // The generated secret makes tokens that are good.
+        let refused = Client::new(&url, None)
+            .unwrap()
+            .capabilities()
+            .await
+            .unwrap_err();
+        assert_eq!(refused.code(), Some("unauthorized"));
+        let token = crate::token(&config, "test", Duration::from_secs(60)).unwrap();
+        let client = Client::new(&url, Some(&token)).unwrap();
+        assert_eq!(
+            client
+                .list_instances(&InstanceFilter::default())
+                .await
+                .unwrap(),
+            []
+        );
+        let request = CreateInstanceRequest {
+            name: "web".to_owned(),
+            image: "nosuch".to_owned(),
+            ..CreateInstanceRequest::default()
+        };
+        let error = client.create_instance(&request).await.unwrap_err();
+        assert_eq!(
+            (error.status(), error.code()),
+            (Some(404), Some("not_found"))
+        );
+        let start = doze_api::ExecStart {
+            command: vec!["true".to_owned()],
+            ..doze_api::ExecStart::default()
+        };
+        let error = client.exec("nosuch", &start).await.err().unwrap();
+        assert!(
+            matches!(&error, ClientError::Api { status: 404, body } if body.code == "not_found"),
+            "{error:?}"
+        );
+
+        stop.send(()).unwrap();
+        running.await.unwrap().unwrap();
+        assert!(client.health().await.is_err());
+        // Nothing holds the folder any more.
+        DataLock::acquire(&data).unwrap();
+    }
+
+    #[tokio::test]
+    async fn uploads_of_a_crashed_server_are_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("data");
+        let config = config(&data);
+        std::fs::create_dir_all(config.uploads_dir()).unwrap();
+        std::fs::set_permissions(&data, std::fs::Permissions::from_mode(0o700)).unwrap();
+        std::fs::write(config.uploads_dir().join("import-1.tar"), "left").unwrap();
+        run(config.clone(), std::future::ready("test"))
+            .await
+            .unwrap();
+        assert_eq!(std::fs::read_dir(config.uploads_dir()).unwrap().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_taken_port_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = config(&dir.path().join("data"));
+        let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        config.listen = other.local_addr().unwrap();
+        let error = run(config.clone(), std::future::pending())
+            .await
+            .unwrap_err();
+        let text = format!("{error:#}");
+        assert!(
+            text.contains(&config.listen.to_string()) && text.contains("in use"),
+            "{text}"
+        );
+    }
+}

@@ -319,7 +319,7 @@ pub struct Instance {
     #[schema(format = DateTime)]
     pub stopped_at: Option<String>,
     #[serde(default)]
-    #[schema(format = DateTime)]
+    #[schema(format = DateTime, required = true)]
     pub expires_at: Option<String>,
     /// The phase whose time runs now: `state` in lower case (the last one known when `Unknown`).
     #[serde(default)]

@@ -19,7 +19,8 @@ const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ApiError {
     pub status: StatusCode,
-    pub body: ErrorBody,
+    /// Boxed: results carry it through every check, and most of them succeed.
+    pub body: Box<ErrorBody>,
     /// Whether a client's automatic retry could help.
     retry: bool,
 }
@@ -29,7 +30,7 @@ impl ApiError {
         let retry = status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED;
         Self {
             status,
-            body: ErrorBody::new(code, message),
+            body: Box::new(ErrorBody::new(code, message)),
             retry,
         }
     }

@@ -278,7 +278,7 @@ fn stream_progress(
             },
             Err(error) => ImportEvent::Error {
                 status: error.status.as_u16(),
-                error: error.body,
+                error: *error.body,
             },
         }
     });

@@ -1,6 +1,6 @@
 //! What the OpenAPI document says about the server as a whole.
 use anyhow::Context;
-use doze_api::{ErrorBody, ExecExit, ExecStart, ImportEvent, ResizeFrame};
+use doze_api::{ErrorBody, ExecExit, ExecStart, ImportEvent, LogSource, ResizeFrame};
 use utoipa::{
     OpenApi,
     openapi::{
@@ -22,7 +22,7 @@ use utoipa::{
         (name = "images", description = "OCI images on this host"),
         (name = "server", description = "The server itself")
     ),
-    components(schemas(ErrorBody, ExecStart, ResizeFrame, ExecExit, ImportEvent)),
+    components(schemas(ErrorBody, ExecStart, ResizeFrame, ExecExit, ImportEvent, LogSource)),
     security(("bearer" = []))
 )]
 struct Document;
