@@ -126,7 +126,18 @@ pub async fn run(
                     let _ = reply.send(());
                     return;
                 }
-                decide(instance, message)
+                match settle(&mut instance).await {
+                    Ok(true) => decide(instance, message),
+                    Ok(false) => {
+                        waiting.push_front(message);
+                        refuse_rest(&view, waiting, mailbox).await;
+                        return;
+                    }
+                    Err(error) => {
+                        message.reply(Err(error));
+                        Holding::Idle(instance)
+                    }
+                }
             }
             Holding::Busy(mut busy) => {
                 tokio::select! {
@@ -309,44 +320,38 @@ async fn overdue(instance: &mut Instance) {
     }
 }
 
+/// An operation that could not record its own end (the store refused) is finished or undone before
+/// anything else begins. `Ok(false)`: that was the instance's end.
+async fn settle(instance: &mut Instance) -> Result<bool, EngineError> {
+    match instance.record.operation() {
+        // A create begins with its record already in the store.
+        None | Some(Operation::Create) => Ok(true),
+        Some(Operation::Start | Operation::Stop | Operation::Delete) => {
+            recovery::run(instance).await
+        }
+    }
+}
+
 /// A message to an instance at rest.
 fn decide(instance: Box<Instance>, message: Message) -> Holding {
     let Some(command) = message.command() else {
         return begin(instance, message);
     };
-    // A delete that failed half way is still in flight by its record: asking again goes on with it.
-    let unfinished = instance.record.operation() == Some(Operation::Delete)
-        && matches!(command, Command::Delete { .. });
-    let admission = if unfinished {
-        Admission::Run
-    } else {
-        admit(
-            instance.record.state(),
-            instance.record.operation(),
-            command,
-        )
-    };
-    match admission {
+    let (state, operation) = (instance.record.state(), instance.record.operation());
+    match admit(state, operation, command) {
         Admission::Run => begin(instance, message),
         Admission::NoOp => {
-            instance.publish();
             message.reply(Ok(instance.view()));
             Holding::Idle(instance)
         }
         Admission::Refuse(refusal) => {
-            message.reply(Err(EngineError::InvalidState {
-                state: instance.record.state(),
-                refusal,
-            }));
+            message.reply(Err(EngineError::InvalidState { state, refusal }));
             Holding::Idle(instance)
         }
         Admission::Join | Admission::Wait | Admission::Interrupt => {
-            // Only a record with an operation that no one runs any more leads here.
-            instance
-                .note("an unfinished operation stands in the way; restart the server to settle it");
             message.reply(Err(EngineError::Internal {
                 context: command.as_str().to_owned(),
-                reason: "an earlier operation could not be recorded as ended".to_owned(),
+                reason: "its create could not be recorded as ended; restart the server".to_owned(),
             }));
             Holding::Idle(instance)
         }

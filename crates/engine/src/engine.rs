@@ -371,14 +371,20 @@ impl Engine {
                 | Admission::Join
                 | Admission::Interrupt => {}
             }
-            if tokio::time::timeout_at(deadline, published.changed())
-                .await
-                .is_err()
-            {
-                let reason = format!(
-                    "it was not ready within {wait_for_agent:?}; raise wait_for_agent or wait for Running"
-                );
-                return Err(AgentError::Unavailable(reason).into());
+            match tokio::time::timeout_at(deadline, published.changed()).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) => {
+                    return Err(EngineError::NotFound {
+                        what: "instance",
+                        id: key.to_owned(),
+                    });
+                }
+                Err(_) => {
+                    let reason = format!(
+                        "it was not ready within {wait_for_agent:?}; raise wait_for_agent or wait for Running"
+                    );
+                    return Err(AgentError::Unavailable(reason).into());
+                }
             }
         }
     }

@@ -1,4 +1,5 @@
-//! Start-up: every record is made to agree with what is really there.
+//! Every record is made to agree with what is really there: at start-up, and when an operation could not
+//! even record its own end.
 //!
 //! | operation in flight | its machine runs | its machine never ran or is gone |
 //! |---|---|---|
@@ -131,6 +132,9 @@ async fn make_network(instance: &Instance) -> Result<(), EngineError> {
 }
 
 async fn reattach(instance: &mut Instance) -> Result<(), EngineError> {
+    if instance.live.is_some() {
+        return Ok(());
+    }
     let (Some(machine), Some(description)) = (instance.record.machine(), &instance.description)
     else {
         return Ok(());

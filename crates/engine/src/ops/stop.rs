@@ -7,6 +7,9 @@ use doze_vmm::MachineStatus;
 use super::Cancel;
 use crate::{EngineError, instance::Instance, kill::KillPoint};
 
+/// How long a guest whose program runs may take to answer on its channel: after a restart of the server
+/// the channel is being built up again.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
 /// What a guest gets beyond its program's grace: to sync, unmount and power off.
 const POWER_OFF_MARGIN: Duration = Duration::from_secs(10);
 
@@ -44,7 +47,7 @@ pub async fn finish(instance: &mut Instance, failure: Option<String>) -> Result<
 }
 
 /// Asks the guest to power off and waits until it did or its time is over. `true`: interrupted.
-/// A guest without a channel (still booting, or hung) has nothing to save and is not waited for.
+/// A guest whose program has not started has nothing to save and is not waited for.
 pub async fn power_off(instance: &mut Instance, cancel: &Cancel) -> Result<bool, EngineError> {
     let grace = instance.ctx.config.limits.stop_grace;
     let Some(live) = instance.live.as_mut() else {
@@ -53,7 +56,14 @@ pub async fn power_off(instance: &mut Instance, cancel: &Cancel) -> Result<bool,
     if is_off(*live.status.borrow_and_update()) {
         return Ok(false);
     }
-    if !live.guest.borrow().connected {
+    let patience = if instance.record.program_started() {
+        CONNECT_PATIENCE
+    } else {
+        Duration::ZERO
+    };
+    let connected = tokio::time::timeout(patience, live.guest.wait_for(|guest| guest.connected));
+    let connected = matches!(connected.await, Ok(Ok(_)));
+    if !connected {
         instance.note("the guest does not answer; ending its machine");
         return Ok(false);
     }
