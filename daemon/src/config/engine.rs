@@ -17,7 +17,7 @@ impl Config {
             qemu: QemuConfig {
                 binary: self.hypervisor.qemu_path.clone(),
                 accel: self.hypervisor.accel,
-                run_as: self.hypervisor.run_as.clone(),
+                run_as: self.monitor_user(rustix::process::geteuid().is_root()),
             },
             kernel: KernelSource {
                 image: self.kernel.image.clone(),
@@ -49,5 +49,37 @@ impl Config {
             // Checked when the configuration was read.
             kill: KillSwitch::from_env(self.kill_at.clone()).unwrap_or_default(),
         }
+    }
+
+    /// Who machine monitors become after they opened their files; `None`: they stay who the server is.
+    /// A server that is root does not let them stay root unless told to.
+    fn monitor_user(&self, root: bool) -> Option<String> {
+        match self.hypervisor.run_as.as_deref() {
+            Some("root") => None,
+            Some(user) => Some(user.to_owned()),
+            None => root.then(|| "nobody".to_owned()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+
+    #[test]
+    fn monitors_of_a_root_server_are_not_root_unless_told_so() {
+        let with = |run_as: Option<&str>| {
+            let mut config = Config::parse(None, Vec::<(String, String)>::new()).unwrap();
+            config.hypervisor.run_as = run_as.map(str::to_owned);
+            config
+        };
+        assert_eq!(with(None).monitor_user(true).as_deref(), Some("nobody"));
+        assert_eq!(with(None).monitor_user(false), None);
+        assert_eq!(
+            with(Some("doze")).monitor_user(true).as_deref(),
+            Some("doze")
+        );
+        assert_eq!(with(Some("root")).monitor_user(true), None);
     }
 }

@@ -118,11 +118,7 @@ fn network(reader: &mut Reader) -> Network {
         }),
         guest_to_host: reader.or("network.guest_to_host", false, Value::boolean),
         // Two servers in one network namespace have two bridges, so they get two tables as well.
-        table: reader.or(
-            "network.table",
-            format!("doze-{}", bridge.replace(['.', '_'], "-")),
-            table_name,
-        ),
+        table: reader.or("network.table", format!("doze-{bridge}"), table_name),
         bridge,
     }
 }
@@ -251,32 +247,35 @@ fn log_level(value: &Value) -> Read<String> {
     Ok(text)
 }
 
-/// A link's name as the kernel accepts it (`dev_valid_name`), without the exotic ones.
+/// A link's name as the host's network accepts it (see [`doze_host::net::NetworkConfig`]).
 fn interface_name(value: &Value) -> Read<String> {
     let text = value.text()?;
     let ok = (1..=15).contains(&text.len())
-        && !text.starts_with(['.', '-'])
+        && !text.starts_with('-')
+        && !["all", "default", "lo"].contains(&text.as_str())
         && text
             .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || b"_-.".contains(&b));
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
     match ok {
         true => Ok(text),
         false => Err(format!(
-            "{text:?} is not an interface name; allowed: 1 to 15 letters, digits, '_', '-', '.'"
+            "{text:?} is not a bridge's name; allowed: 1 to 15 characters of a-z, 0-9 and '-', not starting with '-', none of all, default, lo"
         )),
     }
 }
 
-/// An identifier of nft(8).
+/// A table's name as the host's network accepts it (see [`doze_host::net::NetworkConfig`]).
 fn table_name(value: &Value) -> Read<String> {
     let text = value.text()?;
     let ok = (1..=31).contains(&text.len())
         && text.starts_with(|c: char| c.is_ascii_alphabetic())
-        && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b));
     match ok {
         true => Ok(text),
         false => Err(format!(
-            "{text:?} is not a table name; allowed: up to 31 letters, digits and '_', a letter first"
+            "{text:?} is not a table name; allowed: up to 31 letters, digits, '_' and '-', a letter first"
         )),
     }
 }

@@ -186,6 +186,6 @@ fn listening_to_the_world_is_warned_about() {
 
 #[test]
 fn two_bridges_have_two_tables() {
-    let config = parse("[network]\nbridge = \"doze-b.1\"\n", &[]).unwrap();
-    assert_eq!(config.network.table, "doze-doze-b-1");
+    let config = parse("[network]\nbridge = \"doze-b1\"\n", &[]).unwrap();
+    assert_eq!(config.network.table, "doze-doze-b1");
 }

@@ -9,12 +9,13 @@
 //!
 //! What is wrong before the upgrade is an HTTP error; afterwards it is a close frame with a reason.
 //! Each pump waits for the slower side, so neither a command that does not read nor a client that
-//! does not read costs memory. Input that comes while the guest still boots waits in a short queue.
+//! does not read costs more than a short queue, which also keeps the input that comes while the guest
+//! still boots.
 //!
 //! Pings only keep the way through proxies open and let the kernel notice a peer that is gone. A
 //! missing pong ends nothing: a client that has stopped reading on purpose (a paused terminal)
 //! cannot answer either.
-use std::{future::Future, time::Duration};
+use std::{future::Future, sync::Arc, time::Duration};
 
 use axum::{
     extract::{
@@ -37,7 +38,10 @@ use futures::{
     SinkExt, StreamExt,
     stream::{SplitSink, SplitStream},
 };
-use tokio::{sync::mpsc, time::timeout};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    time::timeout,
+};
 
 use super::{
     AppState,
@@ -51,15 +55,19 @@ const FIRST_FRAME: Duration = Duration::from_secs(10);
 const PING: Duration = Duration::from_secs(20);
 /// How long the client gets to close its side, so that the last frames are not lost to a reset.
 const LINGER: Duration = Duration::from_secs(3);
-/// Frames of input kept while the command is not reading.
-const QUEUE: usize = 16;
+/// Bytes of one frame of input at most. Clients may receive no more than [`MAX_FRAME`], but the
+/// published Python client sends whatever it is given as one frame.
+const MAX_INPUT_FRAME: usize = 16 << 20;
+/// Frames, and bytes, of input kept while the command is not reading.
+const QUEUE: usize = 64;
+const QUEUE_BYTES: u32 = 1 << 20;
 
 type Sink = SplitSink<WebSocket, Message>;
 type Stream = SplitStream<WebSocket>;
 
 /// Run a command in an instance
 #[utoipa::path(get, path = "/instances/{id}/exec", tag = "instances", operation_id = "execInstance",
-    description = "A WebSocket. The client's first text frame is an `ExecStart`; binary frames carry input one way and merged output the other, at most 1 MiB each; a text frame `ResizeFrame` resizes a tty; the server's last text frame is an `ExecExit`. After the upgrade, a failure is a close frame with a reason.",
+    description = "A WebSocket. The client's first text frame is an `ExecStart`; binary frames carry input one way (at most 16 MiB each) and merged output the other (at most 1 MiB each); a text frame `ResizeFrame` resizes a tty; the server's last text frame is an `ExecExit`. After the upgrade, a failure is a close frame with a reason.",
     params(("id" = String, Path, description = "Id, name, or unique prefix of an id")),
     responses(
         (status = 101, description = "Send the first frame"),
@@ -103,8 +111,8 @@ pub(super) async fn exec(
     let id = view.id.clone();
     let tracker = state.sessions().clone();
     Ok(upgrade
-        .max_message_size(MAX_FRAME)
-        .max_frame_size(MAX_FRAME)
+        .max_message_size(MAX_INPUT_FRAME)
+        .max_frame_size(MAX_INPUT_FRAME)
         .on_upgrade(move |socket| tracker.track_future(session(state, id, socket))))
 }
 
@@ -181,17 +189,26 @@ async fn first_frame(stream: &mut Stream) -> Result<(ExecRequest, Duration), End
 }
 
 /// What a frame after the first asks for.
-#[derive(Debug, PartialEq, Eq)]
 enum Input {
-    Data(Bytes),
+    /// With its share of the queue's room. A frame larger than all of it is let in when it is empty.
+    Data(Bytes, OwnedSemaphorePermit),
     Resize(ExecResize),
 }
 
 /// Reads frames into the queue until the client is gone or wrong. Does not read while it is full.
 async fn read(stream: &mut Stream, queue: mpsc::Sender<Input>) -> End {
+    let room = Arc::new(Semaphore::new(QUEUE_BYTES as usize));
     loop {
         let input = match stream.next().await {
-            Some(Ok(Message::Binary(data))) => Input::Data(data),
+            Some(Ok(Message::Binary(data))) => {
+                let share =
+                    u32::try_from(data.len()).map_or(QUEUE_BYTES, |len| len.min(QUEUE_BYTES));
+                match room.clone().acquire_many_owned(share).await {
+                    Ok(permit) => Input::Data(data, permit),
+                    // Nobody closes it.
+                    Err(_) => return End::Gone,
+                }
+            }
             Some(Ok(Message::Text(text))) => match control(text.as_str()) {
                 Ok(resize) => Input::Resize(resize),
                 Err(reason) => return End::Violation(reason),
@@ -222,9 +239,9 @@ async fn feed(queued: &mut mpsc::Receiver<Input>, input: &ExecInput) -> std::con
     let mut open = true;
     while let Some(next) = queued.recv().await {
         let outcome = match next {
-            Input::Data(data) if open => input.write(data).await,
+            Input::Data(data, _room) if open => input.write(data).await,
             Input::Resize(resize) if open => input.resize(resize.rows, resize.cols).await,
-            Input::Data(_) | Input::Resize(_) => continue,
+            Input::Data(..) | Input::Resize(_) => continue,
         };
         if let Err(error) = outcome {
             tracing::debug!(%error, "the command takes no more input");
@@ -241,7 +258,16 @@ async fn write(session: &mut ExecSession, sink: &mut Sink) -> End {
     loop {
         let message = tokio::select! {
             event = session.next() => match event {
-                Some(ExecEvent::Output(data)) => Message::Binary(data),
+                Some(ExecEvent::Output(mut data)) => {
+                    // The agent's pieces are far smaller; the clients' limit holds all the same.
+                    while data.len() > MAX_FRAME {
+                        let piece = Message::Binary(data.split_to(MAX_FRAME));
+                        if sink.send(piece).await.is_err() {
+                            return End::Gone;
+                        }
+                    }
+                    Message::Binary(data)
+                }
                 Some(ExecEvent::Exit(exit)) => return End::Exit(exit.code),
                 Some(ExecEvent::Failed(reason)) => return End::Failed(reason),
                 None => return End::Failed("the session ended without an exit code".to_owned()),
