@@ -297,12 +297,12 @@ async fn stop_is_orderly(world: &World) -> Result<()> {
 
 async fn stop_kills_what_ignores_sigterm(world: &World) -> Result<()> {
     let api = world.api().await?;
+    let script = "trap '' TERM; echo ignoring; while :; do sleep 1; done";
     let id = world
-        .boot(world.tiny_running(
-            "stubborn",
-            &["/bin/sh", "-c", "trap '' TERM; while :; do sleep 1; done"],
-        ))
+        .boot(world.tiny_running("stubborn", &["/bin/sh", "-c", script]))
         .await?;
+    let mut log = api.logs(&id, "?follow=true").await?;
+    log.until(|l| l == "ignoring", 30).await?;
     let stopped = api
         .post_empty(&format!("/instances/{id}/stop"))
         .await?
@@ -338,7 +338,7 @@ async fn start_overrides_are_kept(world: &World) -> Result<()> {
         exec::sh(
             api,
             &id,
-            "tr '\\0' ' ' < /proc/$(pidof -s sleep)/cmdline | grep -q 100000",
+            "tr '\\0' ' ' < /proc/$(pidof sleep)/cmdline | grep -q 100000",
         )
         .await?;
         api.post_empty(&stop).await?.expect(200)?;

@@ -14,8 +14,9 @@ pub fn demo(world: &World, stem: &str) -> Value {
     json!({
         "name": world.unique(stem), "image": "demo", "hypervisor": world.hypervisor,
         "size": "256MB", "overlay_size": "128MB",
-        "cmd": ["redis-server", "--bind", "0.0.0.0", "--protected-mode", "no", "--dir", "/", "--appendonly", "yes", "--appendfsync", "always"],
-        "entrypoint": []
+        // The image's own command, but every write on the disk before it is acknowledged.
+        "cmd": ["--bind", "0.0.0.0", "--protected-mode", "no", "--dir", "/data", "--save", "",
+                "--appendonly", "yes", "--appendfsync", "always"]
     })
 }
 
