@@ -19,10 +19,13 @@ fn main() -> Result<(), Box<dyn Error>> {
         .ok_or("the manifest folder has no parent")?;
     println!("cargo::rerun-if-env-changed=DOZE_GUEST_BIN");
     let guest = match env::var_os("DOZE_GUEST_BIN").filter(|path| !path.is_empty()) {
-        Some(path) => PathBuf::from(path),
+        Some(path) => {
+            let path = PathBuf::from(path);
+            println!("cargo::rerun-if-changed={}", path.display());
+            path
+        }
         None => build(workspace)?,
     };
-    println!("cargo::rerun-if-changed={}", guest.display());
     let target = PathBuf::from(var("OUT_DIR")?).join("doze-guest");
     fs::copy(&guest, &target)
         .map_err(|error| format!("copy the guest program {}: {error}", guest.display()))?;

@@ -8,6 +8,8 @@ mod images;
 mod instances;
 mod logs;
 
+use std::time::Duration;
+
 use reqwest::{Method, RequestBuilder, Response, Url};
 use serde::de::DeserializeOwned;
 
@@ -18,6 +20,9 @@ pub use instances::InstanceFilter;
 pub use logs::{LogStream, LogsQuery};
 
 use crate::{Capabilities, Health};
+
+/// A server that is there accepts at once; answers may take as long as what was asked for.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Handle to one server; clones share its connections.
 #[derive(Debug, Clone)]
@@ -45,6 +50,7 @@ impl Client {
         base.set_fragment(None);
         let http = reqwest::Client::builder()
             .no_proxy()
+            .connect_timeout(CONNECT_TIMEOUT)
             .user_agent(concat!("doze/", env!("CARGO_PKG_VERSION")))
             .build()
             .map_err(|error| ClientError::transport("set up the HTTP client", error))?;
