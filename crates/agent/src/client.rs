@@ -31,6 +31,8 @@ pub use exec::{ExecEvent, ExecInput, ExecSession};
 
 /// How long the guest may take to say that a command started or a shutdown was accepted.
 const ANSWER_WITHIN: Duration = Duration::from_secs(15);
+/// How long a closing client waits for the guest to hear that its commands are over.
+const GOODBYE_WITHIN: Duration = Duration::from_millis(500);
 
 /// What the guest has told so far. Instants are on the host's clock: time of arrival minus the age
 /// the guest gave, so the guest's own clocks never matter.
@@ -214,9 +216,18 @@ impl AgentClient {
         shared.answer(receiver, ANSWER_WITHIN).await
     }
 
-    /// Stops the background task and waits for it. Sessions that still run fail.
+    /// Ends the sessions that still run, here and in the guest, stops the background task and waits for it.
     pub async fn close(self) {
-        self.handle.shared.cancel.cancel();
+        let shared = &self.handle.shared;
+        link::fail_all(shared, "the control channel was closed");
+        if shared.endpoint.established() {
+            let told = tokio::time::timeout(GOODBYE_WITHIN, shared.endpoint.flushed()).await;
+            if told.is_err() {
+                // A guest that is paused or hung; it ends them when it hears the next server.
+                tracing::debug!("the guest was not told that its commands are over");
+            }
+        }
+        shared.cancel.cancel();
         let task = lock(&self.handle.task).take();
         if let Some(task) = task
             && let Err(error) = task.await

@@ -1,12 +1,15 @@
 //! From the program's start to the power-off.
 use std::time::Duration;
 
-use doze_agent::{config::CONTROL_PORT, message::ProgramExit};
+use doze_agent::{
+    config::{CONTROL_PORT, GuestConfig},
+    message::ProgramExit,
+};
 use rustix::process::{Resource, Rlimit, setrlimit};
 use tokio::{sync::mpsc, time::timeout};
 
 use super::{
-    BootError, Booted, console, mounts,
+    BootError, console, mounts,
     program::{self, Plan, Program},
 };
 use crate::{
@@ -32,25 +35,17 @@ const OPEN_FILES: Rlimit = Rlimit {
 };
 
 /// Returns when the machine may be switched off.
-pub(super) async fn live(booted: Result<Booted, BootError>) {
+pub(super) async fn live(booted: Result<GuestConfig, BootError>, root: Option<&mounts::Root>) {
     let children = match Children::new(true) {
         Ok(children) => children,
         Err(error) => return console::say(format_args!("cannot watch processes: {error}")),
     };
     let (agent, requests) = Agent::new(epoch(), children.clone());
     tokio::task::spawn_local(serve(agent.clone()));
-    let (root, ran) = match booted {
-        Ok(Booted { config, root }) => {
-            let plan = Plan::new(&config);
-            let ran = match plan {
-                Ok(plan) => {
-                    Ok(run(&plan, config.skip_guest_agent, &agent, &children, requests).await)
-                }
-                Err(error) => Err(error),
-            };
-            (Some(root), ran)
-        }
-        Err(error) => (None, Err(error)),
+    let planned = booted.and_then(|config| Ok((Plan::new(&config)?, config.skip_guest_agent)));
+    let ran = match planned {
+        Ok((plan, skip_agent)) => Ok(run(&plan, skip_agent, &agent, &children, requests).await),
+        Err(error) => Err(error),
     };
     let within = match ran {
         Ok(exit) => {
@@ -64,7 +59,7 @@ pub(super) async fn live(booted: Result<Booted, BootError>) {
             BOOT_ERROR_WITHIN
         }
     };
-    finish(&agent, &children, root.as_ref(), within).await;
+    finish(&agent, &children, root, within).await;
 }
 
 /// Runs the program to its end.

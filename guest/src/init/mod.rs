@@ -51,12 +51,6 @@ impl BootError {
     }
 }
 
-/// A root to work in, and what to do there.
-struct Booted {
-    config: GuestConfig,
-    root: mounts::Root,
-}
-
 /// Everything, from the kernel's hand-over to the power-off.
 pub fn run() -> ! {
     std::panic::set_hook(Box::new(|info| {
@@ -73,29 +67,31 @@ pub fn run() -> ! {
         .build();
     match runtime {
         Ok(runtime) => LocalSet::new().block_on(&runtime, async {
+            let mut root = None;
             let booted = match early {
-                Ok(()) => boot().await,
+                Ok(()) => boot(&mut root).await,
                 Err(error) => Err(error),
             };
-            life::live(booted).await;
+            life::live(booted, root.as_ref()).await;
         }),
         Err(error) => console::say(format_args!("cannot start: {error}")),
     }
     power::off()
 }
 
-async fn boot() -> Result<Booted, BootError> {
+/// `root` is set as soon as there is one, so that it is left clean also when a later step fails.
+async fn boot(root: &mut Option<mounts::Root>) -> Result<GuestConfig, BootError> {
     devices::load_modules()?;
     console::debug("modules loaded");
     let disks = devices::Disks::find().await?;
     let config = devices::read_config(&disks.config)?;
     console::debug("disks found");
-    let root = mounts::enter(&disks)?;
+    *root = Some(mounts::enter(&disks)?);
     console::debug("root entered");
     mounts::late()?;
     console::debug("mounts made");
     files::write(&config)?;
     network::configure(config.network.as_ref())?;
     console::debug("network configured");
-    Ok(Booted { config, root })
+    Ok(config)
 }

@@ -232,8 +232,12 @@ async fn a_request_too_large_for_one_message_is_refused() {
 #[tokio::test]
 async fn closing_the_client_fails_what_runs() {
     let pair = Pair::start().await;
-    let mut session = pair.sh("sleep 1000").await;
+    let mut session = pair.sh("sleep 1000 & echo $! $$ ok; wait").await;
+    let text = until(&mut session, "ok").await;
     pair.client.clone().close().await;
+    for pid in text.split(' ').take(2) {
+        gone(pid).await;
+    }
     assert!(matches!(
         patient(session.next()).await,
         Some(ExecEvent::Failed(_))

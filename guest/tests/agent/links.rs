@@ -71,15 +71,29 @@ async fn a_new_server_hears_the_status_and_ends_the_old_ones_commands() {
             });
         }),
     );
-    let old = AgentClient::connect(socket.clone());
-    connected(&old).await;
-    let mut session = old
-        .exec(shell("sleep 1000 & echo $! $$ ok; wait"))
-        .await
-        .unwrap();
-    let text = until(&mut session, "ok").await;
-    old.close().await;
-    drop(session);
+    // A server that is killed says nothing more: its runtime stops between two polls.
+    let old_socket = socket.clone();
+    let old_server = move || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let old = AgentClient::connect(old_socket);
+            connected(&old).await;
+            let script = shell("sleep 1000 & echo $! $$ ok; wait");
+            let mut session = old.exec(script).await.unwrap();
+            until(&mut session, "ok").await
+        })
+    };
+    let text = tokio::task::spawn_blocking(old_server).await.unwrap();
+    let pids: Vec<_> = text.split(' ').take(2).collect();
+    for pid in &pids {
+        assert!(
+            std::fs::exists(format!("/proc/{pid}")).unwrap(),
+            "nobody killed it yet"
+        );
+    }
 
     let new = AgentClient::connect(socket);
     let view = patient(new.view().wait_for(|v| v.program_exit.is_some()))
@@ -90,7 +104,7 @@ async fn a_new_server_hears_the_status_and_ends_the_old_ones_commands() {
     assert!(view.agent_ready.is_some());
     // Never earlier than it was; how much later depends on how long the message took.
     assert!(view.program_started.unwrap() >= boot - Duration::from_millis(1));
-    for pid in text.split(' ').take(2) {
+    for pid in pids {
         gone(pid).await;
     }
 }

@@ -4,7 +4,7 @@ use std::{
     sync::{Arc, Mutex, atomic::Ordering},
 };
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use tokio::sync::Notify;
 
 use super::{ANSWER_WITHIN, AgentError, ExecRequest, ProgramExit, Shared, ToGuest, lock};
@@ -37,10 +37,14 @@ struct Items {
 pub(super) enum Item {
     Started,
     Refused(String),
-    Output(Bytes),
+    Output(BytesMut),
     Exit(ProgramExit),
     Failed(String),
 }
+
+/// Smaller pieces are joined up to this size, so that a guest that sends single bytes does not make the
+/// queue's own bookkeeping grow.
+const JOIN_UP_TO: usize = 32 << 10;
 
 impl Inbox {
     /// Returns whether the session ended with this. What comes out of order is ignored, so that a
@@ -52,8 +56,15 @@ impl Inbox {
         }
         match &item {
             Item::Started if std::mem::replace(&mut items.started, true) => return false,
-            Item::Output(bytes) if bytes.is_empty() => return false,
-            Item::Started | Item::Output(_) => {}
+            Item::Output(bytes) => {
+                if let Some(Item::Output(last)) = items.queue.back_mut()
+                    && last.len() + bytes.len() <= JOIN_UP_TO
+                {
+                    last.extend_from_slice(bytes);
+                    return false;
+                }
+            }
+            Item::Started => {}
             Item::Refused(_) | Item::Exit(_) | Item::Failed(_) => items.ended = true,
         }
         items.queue.push_back(item);
@@ -124,7 +135,7 @@ impl ExecSession {
                 Ok(session)
             }
             Ok(Some(Item::Output(bytes))) => {
-                session.first = session.output(bytes);
+                session.first = session.output(bytes.freeze());
                 Ok(session)
             }
         }
@@ -146,7 +157,7 @@ impl ExecSession {
         loop {
             match self.input.inbox.take().await? {
                 Item::Started => {}
-                Item::Output(bytes) => return self.output(bytes),
+                Item::Output(bytes) => return self.output(bytes.freeze()),
                 Item::Exit(exit) => return Some(ExecEvent::Exit(exit)),
                 Item::Refused(text) | Item::Failed(text) => return Some(ExecEvent::Failed(text)),
             }

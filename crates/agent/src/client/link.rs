@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use tokio::net::UnixStream;
 
 use super::{GuestView, MAIN_STREAM, Shared, exec::Item, lock};
@@ -148,7 +148,8 @@ fn data(shared: &Shared, stream: u32, payload: Bytes) {
         tracing::warn!("the guest sent data outside any session");
         return;
     }
-    put(shared, stream, Item::Output(payload));
+    // Copied: a few bytes must not keep the whole buffer alive that they arrived in.
+    put(shared, stream, Item::Output(BytesMut::from(&payload[..])));
 }
 
 fn put(shared: &Shared, stream: u32, item: Item) {
@@ -172,13 +173,14 @@ fn fail(shared: &Shared, stream: u32, why: &str) {
     put(shared, stream, Item::Failed(why.to_owned()));
 }
 
-fn fail_all(shared: &Shared, why: &str) {
+/// Ends every session with `why`.
+pub(super) fn fail_all(shared: &Shared, why: &str) {
     let streams = std::mem::take(&mut *lock(&shared.streams));
     for (stream, inbox) in streams {
         inbox.push(Item::Failed(why.to_owned()));
-        // Most belong to a guest that is gone. One opened at this very moment belongs to the new one.
+        // Refused for streams of a guest that is gone.
         if shared.endpoint.send(stream, &ToGuest::Kill).is_ok() {
-            tracing::debug!(stream, "session ended before it began");
+            tracing::debug!(stream, why, "command killed");
         }
         shared.endpoint.close(stream);
     }

@@ -1,7 +1,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+use bytes::BytesMut;
 use proptest::{collection::vec, prelude::*};
 
 use super::*;
+use crate::frame::{Frame, Kind};
 
 /// What a pipe does with the bytes of one transmission.
 #[derive(Debug, Clone)]
@@ -431,4 +433,24 @@ fn a_message_for_the_old_guest_is_not_taken_by_the_new_one() {
         .unwrap();
     pair.settle();
     assert_eq!(pair.controls(GUEST, MAIN_STREAM), [text(2)]);
+}
+
+#[test]
+fn a_peer_that_does_not_read_makes_nothing_grow() {
+    let mut pair = Pair::connected();
+    let now = pair.now;
+    pair.ends[GUEST]
+        .send_control(MAIN_STREAM, text(1), now)
+        .unwrap();
+    let mut wire = BytesMut::new();
+    pair.ends[GUEST].transmit(now, &mut wire, 1 << 20);
+    let mut out = BytesMut::from(&[0; 1000][..]);
+    for _ in 0..100 {
+        pair.ends[HOST].receive(&wire, now);
+        pair.ends[HOST].transmit(now, &mut out, 1000);
+    }
+    assert_eq!(out.len(), 1000, "acknowledgements of duplicates must wait");
+    out.clear();
+    pair.ends[HOST].transmit(now, &mut out, 1000);
+    assert!(!out.is_empty(), "but not be forgotten");
 }
