@@ -1,0 +1,180 @@
+//! The store on a real file: durability, refusals, addresses, group commit.
+#![allow(clippy::unwrap_used, reason = "tests")]
+use std::collections::{BTreeMap, HashSet};
+
+use doze_lifecycle::Stamp;
+use doze_vmm::Hypervisor;
+
+use super::*;
+
+fn stored(id: &str, name: &str) -> StoredInstance {
+    let at = Stamp {
+        boot_id: "b".into(),
+        boottime_us: 1,
+        wall_us: 1,
+    };
+    let spec = InstanceSpec {
+        image: "docker.io/library/a:latest".into(),
+        image_digest: "sha256:0".into(),
+        platform: "linux/amd64".into(),
+        hypervisor: Hypervisor::Qemu,
+        vcpus: 1,
+        memory_bytes: 1,
+        overlay_bytes: 1,
+        env: BTreeMap::new(),
+        entrypoint: None,
+        cmd: None,
+        tags: BTreeMap::new(),
+        network_enabled: true,
+        skip_guest_agent: false,
+    };
+    StoredInstance {
+        id: id.into(),
+        name: name.into(),
+        created_at_us: 1,
+        claim: None,
+        document: Document {
+            spec,
+            record: Record::creating(at),
+            machine: None,
+        },
+    }
+}
+
+fn pool(prefix: u8) -> AddressPool {
+    let network = Ipv4Addr::new(10, 1, 0, 0);
+    AddressPool {
+        subnet: Subnet { network, prefix },
+        gateway: Ipv4Addr::new(10, 1, 0, 1),
+    }
+}
+
+#[tokio::test]
+async fn what_was_answered_is_there_after_opening_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("doze.db");
+    let (store, all) = Store::open(&path).unwrap();
+    assert!(all.is_empty());
+    let claim = store
+        .insert(stored("i1", "one"), Some(pool(24)))
+        .await
+        .unwrap()
+        .unwrap();
+    store.insert(stored("i2", "two"), None).await.unwrap();
+    store
+        .insert(stored("i3", "three"), Some(pool(24)))
+        .await
+        .unwrap();
+    let mut changed = stored("i1", "one").document;
+    changed.spec.vcpus = 4;
+    store.update("i1", changed.clone()).await.unwrap();
+    store.remove("i3").await.unwrap();
+    // No orderly end: a second reader sees what is on disk.
+    let (_, all) = Store::open(&path).unwrap();
+    assert_eq!(all.len(), 2);
+    assert_eq!(all[0].claim, Some(claim));
+    assert_eq!(all[0].document, changed);
+    assert_eq!(all[1].claim, None);
+}
+
+#[tokio::test]
+async fn a_taken_name_is_refused_and_takes_no_address() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, _) = Store::open(&dir.path().join("doze.db")).unwrap();
+    store
+        .insert(stored("i1", "one"), Some(pool(24)))
+        .await
+        .unwrap();
+    let refused = store
+        .insert(stored("i2", "one"), Some(pool(24)))
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(&refused, StoreError::NameTaken { holder, .. } if holder == "i1"),
+        "{refused}"
+    );
+    let missing = store
+        .update("i2", stored("i2", "x").document)
+        .await
+        .unwrap_err();
+    assert!(matches!(missing, StoreError::Missing(_)), "{missing}");
+    // The refused one left nothing: the name is free once its holder is gone.
+    store.remove("i1").await.unwrap();
+    store
+        .insert(stored("i2", "one"), Some(pool(24)))
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn addresses_are_unique_not_reused_at_once_and_run_out_with_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, _) = Store::open(&dir.path().join("doze.db")).unwrap();
+    // A /29 has six hosts, one of them the gateway.
+    let mut seen = HashSet::new();
+    for n in 0..5 {
+        let id = format!("i{n}");
+        let claim = store
+            .insert(stored(&id, &id), Some(pool(29)))
+            .await
+            .unwrap()
+            .unwrap();
+        assert!(claim.tap.len() <= 15 && seen.insert(claim.ip), "{claim:?}");
+        assert_ne!(claim.ip, pool(29).gateway);
+    }
+    let full = store
+        .insert(stored("i9", "i9"), Some(pool(29)))
+        .await
+        .unwrap_err();
+    assert!(matches!(full, StoreError::NoAddress { .. }), "{full}");
+    store.remove("i0").await.unwrap();
+    store.remove("i1").await.unwrap();
+    let first = store
+        .insert(stored("j0", "j0"), Some(pool(29)))
+        .await
+        .unwrap()
+        .unwrap();
+    store.remove("j0").await.unwrap();
+    let second = store
+        .insert(stored("j1", "j1"), Some(pool(29)))
+        .await
+        .unwrap()
+        .unwrap();
+    assert_ne!(
+        first.ip, second.ip,
+        "a freed address is the last to be given out again"
+    );
+}
+
+#[tokio::test]
+async fn many_writers_at_once_all_get_their_own_outcome() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("doze.db");
+    let (store, _) = Store::open(&path).unwrap();
+    let jobs = (0..200).map(|n| {
+        let instance = stored(&format!("i{n}"), &format!("name-{}", n % 150));
+        store.insert(instance, Some(pool(16)))
+    });
+    let outcomes = futures::future::join_all(jobs).await;
+    assert_eq!(outcomes.iter().filter(|o| o.is_ok()).count(), 150);
+    let (_, all) = Store::open(&path).unwrap();
+    let ips: HashSet<_> = all
+        .iter()
+        .filter_map(|i| i.claim.as_ref())
+        .map(|c| c.ip)
+        .collect();
+    assert_eq!((all.len(), ips.len()), (150, 150));
+}
+
+#[test]
+fn a_store_of_a_newer_program_is_refused_with_both_versions() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("doze.db");
+    drop(Store::open(&path).unwrap());
+    Connection::open(&path)
+        .unwrap()
+        .pragma_update(None, "user_version", 99)
+        .unwrap();
+    let error = Store::open(&path).err().unwrap().to_string();
+    assert!(error.contains("99") && error.contains('1'), "{error}");
+}
