@@ -103,11 +103,14 @@ enum Holding {
     Busy(Busy),
 }
 
-/// Runs until the instance is deleted or the driver is retired.
+/// Runs until the instance is deleted or the driver is retired. `forget` takes a deleted instance off
+/// the registry; it is called before anybody hears that the instance is gone, so that nobody who
+/// heard it can still find it.
 pub async fn run(
     instance: Instance,
     view: watch::Receiver<Published>,
     mut mailbox: mpsc::Receiver<Message>,
+    forget: impl Fn(),
 ) {
     let mut holding = Holding::Idle(Box::new(instance));
     let mut waiting: VecDeque<Message> = VecDeque::new();
@@ -129,6 +132,7 @@ pub async fn run(
                 match settle(&mut instance).await {
                     Ok(true) => decide(instance, message),
                     Ok(false) => {
+                        forget();
                         waiting.push_front(message);
                         refuse_rest(&view, waiting, mailbox).await;
                         return;
@@ -143,6 +147,9 @@ pub async fn run(
                 tokio::select! {
                     done = &mut busy.work => {
                         let gone = done.gone;
+                        if gone {
+                            forget();
+                        }
                         let instance = finish(done, busy.owner, busy.joined, &view);
                         if gone {
                             refuse_rest(&view, waiting, mailbox).await;

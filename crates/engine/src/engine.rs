@@ -130,7 +130,9 @@ impl Engine {
         };
         let view = entry.view();
         self.shared.registry.add(&view, entry.clone());
-        let task = tokio::spawn(driver::run(instance, published, messages));
+        let (shared, id) = (self.shared.clone(), view.id.clone());
+        let forget = move || shared.registry.remove(&id);
+        let task = tokio::spawn(driver::run(instance, published, messages, forget));
         let (shared, id) = (self.shared.clone(), view.id.clone());
         tokio::spawn(async move {
             if let Err(error) = task.await {

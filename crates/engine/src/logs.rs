@@ -19,7 +19,7 @@ use crate::{
     instance::{APP_LOG, OPERATIONS_LOG, VMM_LOG},
 };
 
-/// Longer lines are cut, so that a guest that never ends a line costs no memory.
+/// Longer lines come in pieces of this size, so that a guest that never ends a line costs no memory.
 const MAX_LINE: usize = 64 << 10;
 /// How much of a log's end is searched for this run's exit marker.
 const MARKER_WINDOW: u64 = 256 << 10;
@@ -277,11 +277,25 @@ impl LineReader {
         for byte in block {
             if byte == b'\n' {
                 lines.push(line(&std::mem::take(&mut self.partial)));
-            } else if self.partial.len() < MAX_LINE {
+            } else {
                 self.partial.push(byte);
+                if self.partial.len() >= MAX_LINE {
+                    lines.push(self.take_piece());
+                }
             }
         }
         Ok((self, lines))
+    }
+
+    /// The beginning of a line that is too long for one: all but a character that is not complete yet.
+    fn take_piece(&mut self) -> String {
+        let rest = match std::str::from_utf8(&self.partial) {
+            Err(error) if error.error_len().is_none() => {
+                self.partial.split_off(error.valid_up_to())
+            }
+            _ => Vec::new(),
+        };
+        line(&std::mem::replace(&mut self.partial, rest))
     }
 
     fn take_partial(&mut self) -> Option<String> {
