@@ -186,10 +186,11 @@ impl From<ImageError> for ApiError {
 }
 
 impl ApiError {
-    /// The server's own failures belong into its log as well.
+    /// The server's own failures belong into its log as well. A guest that does not answer (502 to
+    /// 504) is its user's business.
     fn logged(self) -> Self {
-        if self.status.is_server_error() && self.status != StatusCode::NOT_IMPLEMENTED {
-            tracing::error!(status = self.status.as_u16(), code = %self.body.code, "{}", self.body.message);
+        if self.status == StatusCode::INTERNAL_SERVER_ERROR {
+            tracing::error!(code = %self.body.code, "{}", self.body.message);
         }
         self
     }

@@ -1,7 +1,12 @@
 //! Instances: create, list, look, start, stop, wait, delete.
 use std::time::Duration;
 
-use axum::{Json, extract::State, http::StatusCode};
+use axum::{
+    Json,
+    extract::State,
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+};
 use doze_api::{
     CreateInstanceRequest, Instance, InstanceState, StartInstanceRequest, WaitForStateResponse,
 };
@@ -27,23 +32,35 @@ const MAX_WAIT: Duration = Duration::from_secs(5 * 60);
 pub(super) async fn list(
     State(state): State<AppState>,
     mut query: QueryReader,
-) -> Result<Json<Vec<Instance>>, ApiError> {
+) -> Result<Response, ApiError> {
     let wanted = state_parameter(&mut query)?;
     let tags = query.map("tags")?;
     query.finish("state, tags[KEY]")?;
     let now = doze_engine::now();
-    let instances = state
-        .engine()
-        .list()
+    let views = state.engine().list();
+    let instances = views
         .iter()
         .filter(|view| {
             tags.iter()
                 .all(|(key, value)| view.spec.tags.get(key) == Some(value))
         })
         .map(|view| convert::instance::instance(view, &now))
-        .filter(|instance| wanted.is_none_or(|wanted| instance.state == wanted))
-        .collect();
-    Ok(Json(instances))
+        .filter(|instance| wanted.is_none_or(|wanted| instance.state == wanted));
+    json_array(instances)
+}
+
+/// Written one by one: a thousand instances as values would be megabytes for every caller.
+fn json_array<T: serde::Serialize>(items: impl Iterator<Item = T>) -> Result<Response, ApiError> {
+    let mut text = vec![b'['];
+    for item in items {
+        if text.len() > 1 {
+            text.push(b',');
+        }
+        serde_json::to_writer(&mut text, &item)
+            .map_err(|error| ApiError::internal(format!("write the answer: {error}")))?;
+    }
+    text.push(b']');
+    Ok(([(header::CONTENT_TYPE, "application/json")], text).into_response())
 }
 
 /// Make and boot an instance
