@@ -382,9 +382,10 @@ impl Engine {
                     });
                 }
                 Err(_) => {
-                    let reason = format!(
-                        "it was not ready within {wait_for_agent:?}; raise wait_for_agent or wait for Running"
-                    );
+                    let reason = match wait_for_agent {
+                        Duration::ZERO => "it is still booting".to_owned(),
+                        waited => format!("it was not ready within {waited:?}"),
+                    } + "; give it more time with wait_for_agent, or wait for Running first";
                     return Err(AgentError::Unavailable(reason).into());
                 }
             }
