@@ -239,6 +239,18 @@ impl Server {
         }
     }
 
+    /// Whether it was started and has not ended since.
+    pub async fn running(&self) -> bool {
+        let mut slot = self.child.lock().await;
+        let alive = slot
+            .as_mut()
+            .is_some_and(|child| matches!(child.try_wait(), Ok(None)));
+        if !alive {
+            *slot = None;
+        }
+        alive
+    }
+
     pub async fn pid(&self) -> Result<u32> {
         self.child
             .lock()

@@ -91,13 +91,19 @@ impl World {
 
     /// The running server's API, with the tiny images imported. Starts it on first use.
     pub async fn api(&self) -> Result<&Api> {
-        self.started
+        let api = self
+            .started
             .get_or_try_init(|| async {
                 self.server.start().await?;
                 import_tiny(&self.tools, &self.server).await?;
                 self.server.api().await
             })
-            .await
+            .await?;
+        // A case that failed half way may have left it down; the next ones are not to blame.
+        if !self.server.running().await {
+            self.server.start().await?;
+        }
+        Ok(api)
     }
 
     /// The API, with the demo image (redis) imported as `demo`.

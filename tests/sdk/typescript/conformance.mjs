@@ -29,7 +29,8 @@ function countedClient(options = {}) {
 const client = countedClient();
 
 function integrity() {
-  const version = require('@onkernel/hypeman/package.json').version;
+  const manifest = path.join(nodeDir, 'node_modules/@onkernel/hypeman/package.json');
+  const { version } = JSON.parse(readFileSync(manifest, 'utf8'));
   assert.equal(version, VERSION);
   const installed = JSON.parse(readFileSync(path.join(nodeDir, 'node_modules/.package-lock.json'), 'utf8'));
   const entry = installed.packages['node_modules/@onkernel/hypeman'];

@@ -685,7 +685,7 @@ async fn unreadable_images(world: &World) -> Result<()> {
         fs::write(&file, vec![7; 4096])?;
         import_fails(world, api, "noise", &file, &["noise.tar"]).await?;
         // Cut off in the middle.
-        let layout = world.server.dir.join("layout-tiny");
+        let layout = world.server.dir.join("layout-tiny-numeric");
         let whole = dir.join("whole.tar");
         let tarred = std::process::Command::new("tar")
             .arg("-cf")
@@ -700,7 +700,8 @@ async fn unreadable_images(world: &World) -> Result<()> {
             .import("whole", &whole)
             .await
             .context("a layout in a tar")?;
-        api.delete("/images/whole").await?;
+        let reply = api.delete("/images/whole").await?;
+        ensure!(reply.status == 204, "{} {}", reply.status, reply.text);
         let bytes = fs::read(&whole)?;
         fs::write(&whole, &bytes[..bytes.len() / 2])?;
         import_fails(world, api, "cut", &whole, &["whole.tar"]).await?;

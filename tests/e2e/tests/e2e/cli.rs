@@ -83,6 +83,9 @@ async fn cli_walk_through(world: &World) -> Result<()> {
             .trim()
             == "Linux"
     );
+    // Running says that the program was started, not that it has said anything.
+    let mut log = api.logs(&id, "?follow=true").await?;
+    log.until(|l| l == "program runs", 30).await?;
     ensure!(
         doze(world, &["logs", &name])
             .await?

@@ -90,7 +90,7 @@ async fn qemu_missing(world: &World) -> Result<()> {
 }
 
 async fn capacity_limits(world: &World) -> Result<()> {
-    let limits = "max_instances = 2\nmax_vcpus_per_instance = 2\nmax_memory_per_instance = \"512MB\"\nmax_total_memory = \"640MB\"\nmax_overlay = \"1GB\"";
+    let limits = "default_memory = \"256MB\"\ndefault_overlay = \"64MB\"\nmax_instances = 2\nmax_vcpus_per_instance = 2\nmax_memory_per_instance = \"512MB\"\nmax_total_memory = \"640MB\"\nmax_overlay = \"1GB\"";
     let options = ServerOptions {
         limits: limits.into(),
         ..ServerOptions::default()

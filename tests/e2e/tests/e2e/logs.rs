@@ -76,6 +76,8 @@ async fn logs_follow(world: &World) -> Result<()> {
 
 async fn logs_sources(world: &World) -> Result<()> {
     let (api, id) = (world.api().await?, world.pet().await?);
+    let mut log = api.logs(id, "?source=app&follow=true").await?;
+    log.until(|l| l == "program runs", 30).await?;
     let app = api.log_lines(id, "?source=app").await?;
     ensure!(app.iter().any(|l| l == "program runs"), "app: {app:?}");
     // The guest's console and the monitor's own words; under `quiet` there may be few, never the program's.

@@ -204,15 +204,15 @@ async fn image_in_use(world: &World) -> Result<()> {
     // Refused means unchanged.
     api.get("/images/tiny").await?.expect(200)?;
     ensure!(api.instance(id).await?["state"] == "Running");
-    let layout = world.server.dir.join("layout-tiny");
-    world.server.import("spare:1", &layout).await?;
+    let spare = world.server.dir.join("layout-tiny-numeric");
+    world.server.import("spare:1", &spare).await?;
     let reply = api.delete("/images/spare%3A1").await?;
     ensure!(reply.status == 204, "{} {}", reply.status, reply.text);
     api.get("/images/spare:1")
         .await?
         .refused(404, "not_found", &["spare"])?;
-    // The same content under another name is still in use and must still be there.
-    api.get("/images/tiny").await?.expect(200)?;
+    // Its content has another name and shares its layers: both must still boot.
+    api.get("/images/tiny-numeric").await?.expect(200)?;
     let again = world.boot_tiny("after-delete").await?;
     api.remove(&again).await
 }

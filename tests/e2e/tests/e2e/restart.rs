@@ -113,9 +113,23 @@ async fn program_exit_while_the_server_is_down(world: &World) -> Result<()> {
         "(sleep 3; touch /tmp/end) >/dev/null 2>&1 </dev/null & true",
     )
     .await?;
-    let pid = vmm_of(&world.server, &id)?;
+    vmm_of(&world.server, &id)?;
     world.server.stop().await?;
-    wait_for_exit(pid, 60).await?;
+    // The machine monitor stays for its server to look at, so the guest's console tells.
+    let console = world
+        .server
+        .data_dir
+        .join("instances")
+        .join(&id)
+        .join("vmm.log");
+    let ended = async {
+        while !std::fs::read_to_string(&console).is_ok_and(|c| c.contains("program-exit")) {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), ended)
+        .await
+        .context("the program did not end")?;
     world.server.start().await?;
     let instance = api.instance(&id).await?;
     ensure!(
