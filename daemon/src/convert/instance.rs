@@ -37,7 +37,8 @@ pub(crate) fn instance(view: &InstanceView, now: &Stamp) -> Instance {
         exit_code: exit.map(|exit| exit.code),
         exit_message: exit
             .map(|exit| exit.message.clone())
-            .filter(|message| !message.is_empty()),
+            .filter(|message| !message.is_empty())
+            .or_else(|| ended_without_exit(view)),
         platform: Some(spec.platform.clone()),
         hypervisor: Some(hypervisor(spec.hypervisor)),
         vcpus: Some(spec.vcpus),
@@ -107,6 +108,14 @@ pub(crate) fn timestamp(wall_us: i64) -> String {
         .ok()
         .and_then(|moment| moment.format(&Rfc3339).ok())
         .unwrap_or_else(|| "9999-12-31T23:59:59Z".to_owned())
+}
+
+/// Why it is Stopped, when its program left no exit: a monitor that died, a guest that never booted.
+fn ended_without_exit(view: &InstanceView) -> Option<String> {
+    let record = &view.record;
+    (view.state() == State::Stopped && record.exit().is_none())
+        .then(|| record.failure().map(str::to_owned))
+        .flatten()
 }
 
 #[cfg(test)]
