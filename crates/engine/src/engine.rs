@@ -465,9 +465,17 @@ fn within(field: &str, value: u64, least: u64, most: u64, unit: &str) -> Result<
             "invalid_size"
         },
         field: field.into(),
-        value: format!("{value}{unit}"),
-        allowed: format!("{least} to {most}{unit}"),
+        value: shown(value, unit),
+        allowed: format!("{} to {}", shown(least, unit), shown(most, unit)),
     })
+}
+
+/// Sizes as people write them in requests.
+fn shown(value: u64, unit: &str) -> String {
+    match unit.is_empty() || !value.is_multiple_of(1 << 20) {
+        true => format!("{value}{unit}"),
+        false => format!("{}MB", value >> 20),
+    }
 }
 
 async fn ask(
