@@ -22,6 +22,11 @@ pub fn cases() -> Vec<Case> {
     ]
 }
 
+/// The error first, then the end of this server's log.
+fn with_log<T>(outcome: Result<T>, server: &Server) -> Result<T> {
+    outcome.map_err(|e| anyhow::anyhow!("{e:#}\n{}", server.log_tail()))
+}
+
 /// A create that must fail with `dependency_missing` naming the path, and leave nothing.
 async fn missing(world: &World, options: ServerOptions, path: &str) -> Result<()> {
     let server = world.another_server(&options)?;
@@ -61,7 +66,7 @@ async fn missing(world: &World, options: ServerOptions, path: &str) -> Result<()
         let capabilities = api.get("/capabilities").await?.expect(200)?;
         Ok(capabilities)
     };
-    let outcome = outcome.await.with_context(|| server.log_tail());
+    let outcome = with_log(outcome.await, &server);
     server.stop().await?;
     let capabilities = outcome?;
     if options.qemu.is_some() {
@@ -97,9 +102,7 @@ async fn capacity_limits(world: &World) -> Result<()> {
     };
     let server = world.another_server(&options)?;
     server.start().await?;
-    let outcome = limits_hold(world, &server)
-        .await
-        .with_context(|| server.log_tail());
+    let outcome = with_log(limits_hold(world, &server).await, &server);
     server.stop().await?;
     outcome
 }
@@ -166,12 +169,15 @@ async fn guest_to_host_allowed(world: &World) -> Result<()> {
         let listener = TcpListener::bind((gateway.as_str(), 0)).await?;
         let port = listener.local_addr()?.port();
         let accept = async {
-            tokio::time::timeout(std::time::Duration::from_secs(30), listener.accept()).await
+            let accepted =
+                tokio::time::timeout(std::time::Duration::from_secs(30), listener.accept()).await;
+            // The connection is closed here, or the guest's nc would wait for more.
+            accepted.map(|accepted| accepted.map(|(_, peer)| peer))
         };
         let command = format!("nc -w 5 {gateway} {port} </dev/null");
         let command = ["sh", "-c", &command];
         let (accepted, _) = tokio::join!(accept, exec::run(&api, &id, &command));
-        let (_, peer) = accepted.context("the guest did not reach the host")??;
+        let peer = accepted.context("the guest did not reach the host")??;
         let instance = api.instance(&id).await?;
         ensure!(
             instance["network"]["ip"] == peer.ip().to_string(),
@@ -179,7 +185,7 @@ async fn guest_to_host_allowed(world: &World) -> Result<()> {
         );
         api.remove(&id).await
     };
-    let outcome = outcome.await.with_context(|| server.log_tail());
+    let outcome = with_log(outcome.await, &server);
     server.stop().await?;
     outcome
 }
