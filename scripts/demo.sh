@@ -56,7 +56,7 @@ step() {
     shift
     from=$(now_ms)
     printf '\n\033[1m%6d ms  %s\033[0m\n' $((from - begin)) "$text"
-    printf '           $ %s\n' "$(shown "$@")"
+    [ "$1" != doze ] || printf '           $ %s\n' "$(shown "$@")"
     # Not through a pipe that would hide the exit status.
     output=$("$@" 2>&1) || rc=$?
     to=$(now_ms)
@@ -68,8 +68,10 @@ step() {
 
 # The command as a person would type it.
 shown() {
-    [ "$1" != doze ] || { shift; set -- doze "$@"; }
-    printf '%q ' "$@" | sed 's/ $//; s/\\//g'
+    local word
+    for word in "$@"; do
+        if [[ $word =~ [^A-Za-z0-9_./:=-] ]]; then printf "'%s' " "$word"; else printf '%s ' "$word"; fi
+    done
 }
 
 doze() { ip netns exec "$NETNS" "$DOZE" "$@"; }
@@ -113,17 +115,21 @@ ready() {
     printf 'http://127.0.0.1:%s answers\n' "$PORT"
 }
 
-step "a private server" ready
+step "a private server: doze serve --config doze.toml" ready
 step "import an OCI layout" doze image import demo "$CACHE/demo-image"
 step "run it as a microVM" doze run -d --name demo --memory 256MB --overlay 1GB demo
 step "it is there" doze ps
 step "a guest of its own: kernel and memory" doze exec demo -- sh -c 'uname -a; free -m'
+# Running means that the program has started, not that it listens yet.
+step "its redis answers" \
+    doze exec --timeout 30 demo -- sh -c 'until redis-cli ping 2>/dev/null; do sleep 0.1; done'
 step "what its program says" doze logs --tail 3 demo
-step "write to its disk and to its redis" \
-    doze exec demo -- sh -c 'echo "written before the stop" > /root/note; redis-cli SET greeting hello; redis-cli SAVE'
+step "write to its disk, and to its redis" \
+    doze exec demo -- sh -c 'echo "written before the stop" > note; redis-cli SET greeting hello'
 step "stop: no CPU, no memory, only files" doze stop demo
 step "start again" doze start demo
-step "its disk is as it was" doze exec demo -- sh -c 'cat /root/note; redis-cli GET greeting'
+step "its disk is as it was" doze exec --timeout 30 demo -- sh -c \
+    'cat note; until redis-cli ping >/dev/null 2>&1; do sleep 0.1; done; redis-cli GET greeting'
 [[ $last == *"written before the stop"* && $last == *hello* ]] || die "the data is gone"
 step "time in every phase, for the bill" doze inspect --summary demo
 step "delete it" doze rm -f demo

@@ -22,6 +22,7 @@ use tokio::{
 use crate::{
     connection::Server,
     failure::{self, Failure},
+    output,
     terminal::{self, RawMode},
 };
 
@@ -64,12 +65,13 @@ pub async fn run(server: &Server, instance: &str, request: Request) -> Result<u8
         cols,
     };
     let explain = |error| server.explain(&error).no_program();
+    let program = start.command.first().cloned().unwrap_or_default();
     let session = server
         .client
         .exec(instance, &start)
         .await
         .map_err(explain)?;
-    let _restored_on_every_way_out = if raw {
+    let restored_on_every_way_out = if raw {
         let entered = RawMode::enter();
         Some(entered.map_err(|e| {
             Failure::new(format!("cannot switch the terminal to raw mode: {e}")).no_program()
@@ -77,17 +79,33 @@ pub async fn run(server: &Server, instance: &str, request: Request) -> Result<u8
     } else {
         None
     };
-    join(server, session, request.interactive, request.tty).await
+    let (status, silent) = join(server, session, request.interactive, request.tty).await?;
+    drop(restored_on_every_way_out);
+    if silent && let Some(reason) = unable(status) {
+        output::remark(&format!("{program}: {reason}"));
+    }
+    Ok(status)
+}
+
+/// What a shell would say. The exit code is all we are told, and a program may end with the same one:
+/// so this is said only when nothing else was.
+fn unable(status: u8) -> Option<&'static str> {
+    match status {
+        126 => Some("cannot be run in the guest (exit status 126)"),
+        127 => Some("not found in the guest (exit status 127)"),
+        _ => None,
+    }
 }
 
 /// Moves both directions at once: a command that does not read its input must not keep us from
-/// reading its output, or both would wait for ever. The exit code ends it, or a signal.
+/// reading its output, or both would wait for ever. The exit code ends it, or a signal. Gives the exit
+/// status, and whether there was no output at all.
 async fn join(
     server: &Server,
     session: ExecSession,
     interactive: bool,
     tty: bool,
-) -> Result<u8, Failure> {
+) -> Result<(u8, bool), Failure> {
     let deaf = |e| Failure::new(format!("cannot wait for signals: {e}")).no_program();
     let mut terminate = signal(SignalKind::terminate()).map_err(deaf)?;
     let mut hang_up = signal(SignalKind::hangup()).map_err(deaf)?;
@@ -95,24 +113,26 @@ async fn join(
     tokio::select! {
         status = show(server, session.output) => status,
         failure = feed(session.input, resized, interactive, tty) => Err(failure),
-        _ = terminate.recv() => Ok(128 + 15),
-        _ = hang_up.recv() => Ok(128 + 1),
+        _ = terminate.recv() => Ok((128 + 15, false)),
+        _ = hang_up.recv() => Ok((128 + 1, false)),
     }
 }
 
 /// Output until the exit code.
-async fn show(server: &Server, mut output: ExecOutput) -> Result<u8, Failure> {
+async fn show(server: &Server, mut output: ExecOutput) -> Result<(u8, bool), Failure> {
     let mut stdout = tokio::io::stdout();
+    let mut silent = true;
     while let Some(event) = output.next().await {
         match event.map_err(|error| server.explain(&error).no_program())? {
             ExecEvent::Output(data) => {
+                silent = false;
                 stdout
                     .write_all(&data)
                     .await
                     .map_err(|e| failure::output(&e))?;
                 stdout.flush().await.map_err(|e| failure::output(&e))?;
             }
-            ExecEvent::Exit(code) => return Ok(u8::try_from(code).unwrap_or(u8::MAX)),
+            ExecEvent::Exit(code) => return Ok((u8::try_from(code).unwrap_or(u8::MAX), silent)),
         }
     }
     Err(Failure::new("the server ended the command without an exit code").no_program())

@@ -108,7 +108,7 @@ pub async fn run(args: Args, options: &connection::Options) -> Result<u8, Failur
         .await
         .map_err(Failure::no_program)?;
     if args.detach {
-        return detached(&server, &instance, args.json).await;
+        return detached(&server, &instance, args.json, args.name.is_none()).await;
     }
     let outcome = tokio::select! {
         outcome = joined(&server, &instance, &args, program) => outcome,
@@ -228,7 +228,12 @@ async fn create(
     }
 }
 
-async fn detached(server: &Server, instance: &Instance, json: bool) -> Result<u8, Failure> {
+async fn detached(
+    server: &Server,
+    instance: &Instance,
+    json: bool,
+    made_up: bool,
+) -> Result<u8, Failure> {
     let instance = common::settled(server, &instance.id)
         .await
         .map_err(Failure::no_program)?;
@@ -243,7 +248,10 @@ async fn detached(server: &Server, instance: &Instance, json: bool) -> Result<u8
     if json {
         output::json(&instance)?
     } else {
-        output::line(&format!("{}  {}", instance.id, instance.name))?
+        output::line(&instance.id)?;
+        if made_up {
+            output::remark(&format!("its name is {}", instance.name));
+        }
     }
     Ok(0)
 }
