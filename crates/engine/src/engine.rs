@@ -472,9 +472,14 @@ fn within(field: &str, value: u64, least: u64, most: u64, unit: &str) -> Result<
 
 /// Sizes as people write them in requests.
 fn shown(value: u64, unit: &str) -> String {
-    match unit.is_empty() || !value.is_multiple_of(1 << 20) {
-        true => format!("{value}{unit}"),
-        false => format!("{}MB", value >> 20),
+    const MB: u64 = 1 << 20;
+    const GB: u64 = 1 << 30;
+    if unit.is_empty() || !value.is_multiple_of(MB) {
+        format!("{value}{unit}")
+    } else if value.is_multiple_of(GB) {
+        format!("{}GB", value / GB)
+    } else {
+        format!("{}MB", value / MB)
     }
 }
 
