@@ -59,6 +59,8 @@ pub struct Server {
     pub log: PathBuf,
     base_url: String,
     child: Mutex<Option<Child>>,
+    /// Kept open for as long as the server may have something to say to its service manager.
+    notify: Mutex<Option<tokio::net::UnixDatagram>>,
 }
 
 impl Server {
@@ -98,6 +100,7 @@ impl Server {
             subnet,
             base_url: format!("http://127.0.0.1:{port}"),
             child: Mutex::new(None),
+            notify: Mutex::new(None),
         })
     }
 
@@ -150,6 +153,7 @@ impl Server {
             return Err(anyhow!("{e:#}\n{}", self.log_tail()));
         }
         *slot = Some(child);
+        *self.notify.lock().await = Some(notify);
         Ok(())
     }
 
