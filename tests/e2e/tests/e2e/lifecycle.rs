@@ -583,6 +583,8 @@ async fn skip_guest_agent(world: &World) -> Result<()> {
             );
         }
     }
+    let mut log = api.logs(&id, "?follow=true").await?;
+    log.until(|l| l == "program runs", 30).await?;
     // Lifecycle reports and orderly shutdown stay.
     let stopped = api
         .post_empty(&format!("/instances/{id}/stop"))

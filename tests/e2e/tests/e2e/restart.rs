@@ -131,6 +131,8 @@ async fn program_exit_while_the_server_is_down(world: &World) -> Result<()> {
         .await
         .context("the program did not end")?;
     world.server.start().await?;
+    // The guest may still be busy with powering off.
+    api.wait(&id, "Stopped", 30).await?;
     let instance = api.instance(&id).await?;
     ensure!(
         instance["state"] == "Stopped" && instance["exit_code"] == 5,
