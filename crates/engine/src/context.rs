@@ -75,11 +75,19 @@ impl Context {
         };
         let mut slot = self.network.lock().await;
         if slot.is_none() {
-            let outcome = Network::ensure(config.clone()).await;
+            let outcome = self.claimed_network(config).await;
             *lock(&self.network_error) = outcome.as_ref().err().map(ToString::to_string);
             *slot = Some(outcome.map_err(net_error)?);
         }
         Ok(slot.clone())
+    }
+
+    async fn claimed_network(&self, config: &NetworkConfig) -> Result<Network, NetError> {
+        let network = Network::ensure(config.clone()).await?;
+        network
+            .claim(&self.config.data_dir.display().to_string())
+            .await?;
+        Ok(network)
     }
 
     pub fn network_status(&self) -> Option<Result<NetworkConfig, String>> {

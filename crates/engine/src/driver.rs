@@ -7,27 +7,18 @@
 //!
 //! An operation owns the [`Instance`] while it runs and gives it back; nobody else can touch it, so
 //! there is no lock. A caller that hangs up stops nothing: its reply is simply not delivered.
-use std::{collections::VecDeque, future::Future, pin::Pin, sync::Arc, time::Duration};
+use std::{collections::VecDeque, future::Future, pin::Pin, sync::Arc};
 
-use doze_lifecycle::{Admission, Command, Fact, Operation, State, admission::admit};
-use doze_vmm::MachineStatus;
-use tokio::{
-    sync::{mpsc, oneshot, watch},
-    time::Instant,
-};
+use doze_lifecycle::{Admission, Command, Operation, admission::admit};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
     EngineError, InstanceView, StartOverrides,
     instance::{Instance, Published},
-    now,
+    observe::idle,
     ops::{self, Cancel},
     recovery,
 };
-
-/// How long a guest may stay up after it said that its program ended.
-const POWER_OFF_PATIENCE: Duration = Duration::from_secs(20);
-/// How often log files are looked at for their size.
-const LOG_CHECK: Duration = Duration::from_secs(30);
 
 pub type Reply = oneshot::Sender<Result<Arc<InstanceView>, EngineError>>;
 
@@ -129,7 +120,7 @@ pub async fn run(
                     let _ = reply.send(());
                     return;
                 }
-                match settle(&mut instance).await {
+                match settle(&mut instance, &message).await {
                     Ok(true) => decide(instance, message),
                     Ok(false) => {
                         forget();
@@ -167,175 +158,33 @@ pub async fn run(
     }
 }
 
-/// At rest: waits for a message while booking what happens to the machine.
-async fn idle(instance: &mut Instance, mailbox: &mut mpsc::Receiver<Message>) -> Option<Message> {
-    let mut log_check = tokio::time::interval_at(Instant::now() + LOG_CHECK, LOG_CHECK);
-    loop {
-        if let Err(error) = observe(instance).await {
-            instance.note(&format!("booking what happened failed: {error}"));
-            // A record that cannot be written now can be written later, or by the next command.
-            tokio::select! {
-                message = mailbox.recv() => return message,
-                _ = log_check.tick() => continue,
-            }
+/// Before anything else begins: an operation that could not record its own end (the store refused) is
+/// finished or undone, and a machine that could not be attached to is looked for again. `Ok(false)`:
+/// that was the instance's end.
+async fn settle(instance: &mut Instance, message: &Message) -> Result<bool, EngineError> {
+    let adrift = instance.record.machine().is_some() && instance.live.is_none();
+    let command = match message {
+        // Both know what to do with an unfinished record.
+        Message::Create { .. } | Message::Recover { .. } | Message::Retire { .. } => {
+            return Ok(true);
         }
-        let deadline = deadline(instance);
-        tokio::select! {
-            message = mailbox.recv() => return message,
-            () = changed(instance) => {}
-            () = sleep_until(deadline) => overdue(instance).await,
-            _ = log_check.tick(), if instance.live.is_some() => {
-                crate::logs::trim(&instance.dir(), instance.ctx.config.limits.max_log_bytes).await;
-            }
-        }
-    }
-}
-
-async fn sleep_until(deadline: Option<Instant>) {
-    match deadline {
-        Some(deadline) => tokio::time::sleep_until(deadline).await,
-        None => std::future::pending().await,
-    }
-}
-
-/// Resolves when the machine or its guest has something new. A side that ended has nothing more to say.
-async fn changed(instance: &mut Instance) {
-    let Some(live) = instance.live.as_mut() else {
-        return std::future::pending().await;
+        Message::Start { .. } => Command::Start { overrides: false },
+        Message::Stop { .. } => Command::Stop,
+        Message::Delete { graceful, .. } => Command::Delete {
+            graceful: *graceful,
+        },
     };
-    let status = async {
-        if live.status.changed().await.is_err() {
-            std::future::pending::<()>().await;
-        }
-    };
-    let guest = async {
-        if live.guest.changed().await.is_err() {
-            std::future::pending::<()>().await;
-        }
-    };
-    tokio::select! {
-        () = status => {}
-        () = guest => {}
+    if instance.record.operation().is_none() && !adrift {
+        return Ok(true);
     }
-}
-
-/// Books everything that is true of the machine and its guest and not yet in the record.
-async fn observe(instance: &mut Instance) -> Result<(), EngineError> {
-    let Some(live) = instance.live.as_mut() else {
-        return Ok(());
-    };
-    let guest = live.guest.borrow_and_update().clone();
-    let status = *live.status.borrow_and_update();
-    let (here, stamp) = (std::time::Instant::now(), now());
-    let at = |instant| {
-        let age = here.saturating_duration_since(instant);
-        stamp.earlier(u64::try_from(age.as_micros()).unwrap_or(u64::MAX))
-    };
-    let booting = match instance.record.state() {
-        State::Initializing | State::Running => true,
-        State::Created | State::Paused | State::Shutdown => false,
-        State::Stopped | State::Standby => false,
-    };
-    if booting {
-        if let Some(instant) = guest.program_started
-            && !instance.record.program_started()
-        {
-            instance
-                .commit_at(Fact::ProgramStarted, &at(instant))
-                .await?;
+    match (recovery::run(instance).await, command) {
+        (Ok(present), _) => Ok(present),
+        // They kill what cannot be attached to, by its mark.
+        (Err(error), Command::Stop | Command::Delete { .. }) if adrift => {
+            instance.note(&format!("its machine is out of reach: {error}"));
+            Ok(true)
         }
-        if let Some(instant) = guest.agent_ready
-            && !instance.record.agent_ready()
-        {
-            instance.commit_at(Fact::AgentReady, &at(instant)).await?;
-        }
-        if guest.program_exit.is_some() {
-            instance.collect_exit().await?;
-        }
-    }
-    match status {
-        MachineStatus::Prelaunch | MachineStatus::Running | MachineStatus::Paused => Ok(()),
-        MachineStatus::Shutdown | MachineStatus::Failed | MachineStatus::Gone => {
-            power_off(instance, status, guest.boot_error).await
-        }
-    }
-}
-
-/// The guest or its VMM ended without being asked.
-async fn power_off(
-    instance: &mut Instance,
-    status: MachineStatus,
-    boot_error: Option<String>,
-) -> Result<(), EngineError> {
-    instance.collect_exit().await?;
-    let failure = match (boot_error, instance.record.exit(), status) {
-        (Some(error), _, _) => Some(format!("the guest could not boot: {error}")),
-        (None, Some(_), MachineStatus::Shutdown) => None,
-        (None, _, MachineStatus::Gone) => Some("its machine monitor died".to_owned()),
-        (None, _, MachineStatus::Failed) => {
-            Some("its machine failed; see its logs (source vmm)".to_owned())
-        }
-        (None, _, _) => Some(
-            "the guest went down without saying how its program ended; see its logs (source vmm)"
-                .to_owned(),
-        ),
-    };
-    if status == MachineStatus::Gone {
-        instance
-            .end_machine(crate::kill::KillPoint::StopMachineKilled, failure)
-            .await
-    } else {
-        ops::stop::finish(instance, failure).await
-    }
-}
-
-/// When the guest's next step is overdue.
-fn deadline(instance: &Instance) -> Option<Instant> {
-    instance.live.as_ref()?;
-    let elapsed = Duration::from_micros(now().since_us(instance.record.current_since()));
-    if instance.record.exit().is_some() {
-        return Some(Instant::now() + POWER_OFF_PATIENCE);
-    }
-    match instance.record.state() {
-        State::Initializing => Some(
-            Instant::now()
-                + instance
-                    .ctx
-                    .config
-                    .limits
-                    .boot_timeout
-                    .saturating_sub(elapsed),
-        ),
-        State::Created | State::Running | State::Paused => None,
-        State::Shutdown | State::Stopped | State::Standby => None,
-    }
-}
-
-async fn overdue(instance: &mut Instance) {
-    let reason = if instance.record.exit().is_some() {
-        "the guest did not power off after its program ended".to_owned()
-    } else {
-        let limit = instance.ctx.config.limits.boot_timeout;
-        format!(
-            "the guest did not become ready within {} s (limits.boot_timeout)",
-            limit.as_secs()
-        )
-    };
-    instance.note(&reason);
-    if let Err(error) = ops::stop::finish(instance, Some(reason)).await {
-        instance.note(&format!("ending the machine failed: {error}"));
-    }
-}
-
-/// An operation that could not record its own end (the store refused) is finished or undone before
-/// anything else begins. `Ok(false)`: that was the instance's end.
-async fn settle(instance: &mut Instance) -> Result<bool, EngineError> {
-    match instance.record.operation() {
-        // A create begins with its record already in the store.
-        None | Some(Operation::Create) => Ok(true),
-        Some(Operation::Start | Operation::Stop | Operation::Delete) => {
-            recovery::run(instance).await
-        }
+        (Err(error), _) => Err(error),
     }
 }
 
@@ -475,17 +324,27 @@ fn finish(
     view: &watch::Receiver<Published>,
 ) -> Box<Instance> {
     let Done {
-        instance, outcome, ..
+        instance,
+        outcome,
+        gone,
     } = done;
     let current = view.borrow().view.clone();
     for message in joined {
-        message.reply(match &outcome {
-            Ok(()) => Ok(current.clone()),
-            Err(error) => Err(EngineError::Internal {
+        let answer = match (&outcome, &message) {
+            (Ok(()), _) => Ok(current.clone()),
+            // It wanted it gone, and it is.
+            (Err(_), Message::Delete { .. }) if gone => Ok(current.clone()),
+            (Err(EngineError::Interrupted { by }), _) => Err(EngineError::Interrupted { by }),
+            (Err(_), _) if gone => Err(EngineError::NotFound {
+                what: "instance",
+                id: current.id.clone(),
+            }),
+            (Err(error), _) => Err(EngineError::Internal {
                 context: "the operation this command joined".to_owned(),
                 reason: error.to_string(),
             }),
-        });
+        };
+        message.reply(answer);
     }
     owner.reply(outcome.map(|()| current));
     instance

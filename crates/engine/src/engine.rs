@@ -10,7 +10,7 @@ use std::{
 };
 
 use doze_agent::{
-    client::{AgentError, ExecSession},
+    client::{AgentClient, AgentError, ExecSession},
     message::ExecRequest,
 };
 use doze_host::net::NetworkConfig;
@@ -35,6 +35,8 @@ use crate::{
 const MAILBOX: usize = 64;
 /// Instances whose recovery runs at the same time.
 const RECOVERIES: usize = 8;
+/// How long a guest that was ready before may take to be connected again.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
 /// A unix socket's path holds at most this many bytes (`unix(7)`: sun_path, with its NUL).
 const MAX_SOCKET_PATH: usize = 107;
 
@@ -43,7 +45,7 @@ pub(crate) struct Shared {
     pub registry: Registry,
     closing: AtomicBool,
     /// Read: a create between looking its image up and being in the registry. Write: content goes.
-    pub image_gate: tokio::sync::RwLock<()>,
+    pub image_gate: Arc<tokio::sync::RwLock<()>>,
 }
 
 /// Handle to the engine; clones share it.
@@ -75,7 +77,7 @@ impl Engine {
                 ctx,
                 registry: Registry::default(),
                 closing: AtomicBool::new(false),
-                image_gate: tokio::sync::RwLock::new(()),
+                image_gate: Arc::default(),
             }),
         };
         engine.recover(stored).await;
@@ -103,7 +105,7 @@ impl Engine {
             .filter_map(|stored| {
                 let (instance, published) = Instance::new(self.shared.ctx.clone(), stored);
                 let needed = recovery::is_needed(&instance);
-                let entry = self.drive(instance, published);
+                let entry = self.drive(instance, published, None);
                 needed.then_some(entry)
             })
             .collect();
@@ -122,8 +124,13 @@ impl Engine {
         &self,
         instance: Instance,
         published: tokio::sync::watch::Receiver<crate::instance::Published>,
+        first: Option<Message>,
     ) -> Entry {
         let (mailbox, messages) = mpsc::channel(MAILBOX);
+        // Before anybody can find the instance: whoever comes then finds its create in flight.
+        if let Some(Err(error)) = first.map(|first| mailbox.try_send(first)) {
+            tracing::error!(%error, "an empty mailbox took no message");
+        }
         let entry = Entry {
             mailbox,
             published: published.clone(),
@@ -155,9 +162,20 @@ impl Engine {
     }
 
     /// Makes and boots an instance; answers when the guest's CPUs run (state `Initializing`).
+    /// Goes on to its end when the caller hangs up.
     pub async fn create(&self, request: CreateRequest) -> Result<InstanceView, EngineError> {
-        self.check_open()?;
+        let engine = self.clone();
+        tokio::spawn(async move { engine.create_to_the_end(request).await })
+            .await
+            .map_err(|e| EngineError::Internal {
+                context: "create".into(),
+                reason: e.to_string(),
+            })?
+    }
+
+    async fn create_to_the_end(&self, request: CreateRequest) -> Result<InstanceView, EngineError> {
         let gate = self.shared.image_gate.read().await;
+        self.check_open()?;
         let name = request.name.clone();
         let spec = self.plan(request).await?;
         let ctx = &self.shared.ctx;
@@ -195,10 +213,10 @@ impl Engine {
             .await
             .map_err(store_error)?;
         let (instance, published) = Instance::new(ctx.clone(), stored);
-        let entry = self.drive(instance, published);
+        let (reply, answer) = oneshot::channel();
+        self.drive(instance, published, Some(Message::Create { reply }));
         drop(gate);
-        // The driver goes on whether or not anybody waits here.
-        let view = ask(&entry, |reply| Message::Create { reply }).await?;
+        let view = answer.await.map_err(|_| driver_failed())??;
         Ok((*view).clone())
     }
 
@@ -364,7 +382,15 @@ impl Engine {
                 }
                 Admission::Run if record.agent_ready() => {
                     if let Some(agent) = now.agent {
-                        return agent.exec(request).await.map_err(EngineError::from);
+                        let until = deadline.max(tokio::time::Instant::now() + CONNECT_PATIENCE);
+                        tokio::select! {
+                            // Stopped meanwhile, perhaps: decided again.
+                            _ = published.changed() => continue,
+                            connected = is_connected(&agent, until) => {
+                                connected?;
+                                return agent.exec(request).await.map_err(EngineError::from);
+                            }
+                        }
                     }
                 }
                 Admission::Run
@@ -407,11 +433,8 @@ impl Engine {
             LogSource::Vmm => VMM_LOG,
             LogSource::Operations => OPERATIONS_LOG,
         };
-        Ok(logs::stream(
-            self.shared.ctx.instance_dir(&view.id).join(name),
-            tail,
-            follow,
-        ))
+        let path = self.shared.ctx.instance_dir(&view.id).join(name);
+        logs::stream(path, tail, follow).map_err(io_error("following the log"))
     }
 
     /// Every monitor this build has, sorted by name, with what the host lacks for it.
@@ -488,16 +511,36 @@ async fn ask(
     message: impl FnOnce(Reply) -> Message,
 ) -> Result<Arc<InstanceView>, EngineError> {
     let (reply, answer) = oneshot::channel();
-    let gone = || EngineError::NotFound {
-        what: "instance",
-        id: entry.view().id.clone(),
-    };
     entry
         .mailbox
         .send(message(reply))
         .await
-        .map_err(|_| gone())?;
-    answer.await.map_err(|_| gone())?
+        .map_err(|_| EngineError::NotFound {
+            what: "instance",
+            id: entry.view().id.clone(),
+        })?;
+    answer.await.map_err(|_| driver_failed())?
+}
+
+/// A driver answers everything it took, also when its instance is gone.
+fn driver_failed() -> EngineError {
+    EngineError::Internal {
+        context: "the instance's driver".to_owned(),
+        reason: "it ended without an answer; restart the server".to_owned(),
+    }
+}
+
+/// Waits for the guest's channel: after a restart of the server it is being built up again.
+async fn is_connected(agent: &AgentClient, until: tokio::time::Instant) -> Result<(), EngineError> {
+    let mut guest = agent.view();
+    let connected = tokio::time::timeout_at(until, guest.wait_for(|guest| guest.connected)).await;
+    match connected {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(_)) | Err(_) => {
+            let reason = "its channel is not connected".to_owned();
+            Err(AgentError::Unavailable(reason).into())
+        }
+    }
 }
 
 fn is_settled(view: &InstanceView, target: State) -> bool {

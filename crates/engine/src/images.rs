@@ -46,7 +46,7 @@ impl Engine {
     /// Refused while an instance uses it.
     pub async fn image_delete(&self, name: &str) -> Result<(), EngineError> {
         // From here to the end no create is between looking its image up and being in the registry.
-        let _gate = self.shared.image_gate.write().await;
+        let gate = self.shared.image_gate.clone().write_owned().await;
         match self.shared.ctx.image(name).await {
             Ok(image) => self.check_unused(&image)?,
             // A damaged image cannot be used by anybody and can be deleted all the same.
@@ -58,7 +58,9 @@ impl Engine {
             name.to_owned(),
             self.used_digests(),
         );
+        // The gate goes along: a caller that hangs up must not open it while content is going.
         blocking("deleting an image", move || {
+            let _gate = gate;
             images.delete(&name, &|d| used.contains(d))
         })
         .await?
@@ -91,9 +93,10 @@ impl Engine {
     /// Removes image content that neither a name nor an instance needs: what stayed when a name moved on
     /// while an instance used the old content.
     pub(crate) async fn collect_images(&self) {
-        let _gate = self.shared.image_gate.write().await;
+        let gate = self.shared.image_gate.clone().write_owned().await;
         let (images, used) = (self.shared.ctx.images.clone(), self.used_digests());
         let outcome = blocking("collecting images", move || {
+            let _gate = gate;
             images.collect(&|d| used.contains(d))
         });
         match outcome.await {

@@ -28,10 +28,16 @@ pub struct Live {
     pub status: watch::Receiver<MachineStatus>,
     pub agent: AgentClient,
     pub guest: watch::Receiver<doze_agent::client::GuestView>,
+    /// Since when we listen: what the guest said before, it says again first.
+    pub since: tokio::time::Instant,
+    /// When we learnt that the program ended.
+    pub exited: Option<tokio::time::Instant>,
+    /// An earlier server started it; its channel is being built up again.
+    pub reattached: bool,
 }
 
 impl Live {
-    pub fn new(machine: Box<dyn Machine>) -> Live {
+    pub fn new(machine: Box<dyn Machine>, reattached: bool) -> Live {
         let machine: Arc<dyn Machine> = Arc::from(machine);
         let agent = AgentClient::connect(machine.agent_socket().to_owned());
         Live {
@@ -39,6 +45,9 @@ impl Live {
             guest: agent.view(),
             machine,
             agent,
+            since: tokio::time::Instant::now(),
+            exited: None,
+            reattached,
         }
     }
 }
@@ -175,10 +184,12 @@ impl Instance {
         }
     }
 
-    /// Kills the VMM if there is one, reaps it, and forgets its handles. The record is not touched.
+    /// Kills the VMM if there is one, whether or not we hold it, reaps it, and forgets its handles. The
+    /// record is not touched.
     pub async fn kill_machine(&mut self) -> Result<(), EngineError> {
-        if let Some(live) = self.live.as_ref() {
-            live.machine.kill().await.map_err(vmm_error)?;
+        match self.live.as_ref() {
+            Some(live) => live.machine.kill().await.map_err(vmm_error)?,
+            None => crate::recovery::kill_marked(self, None).await?,
         }
         if let Some(live) = self.live.take() {
             live.agent.close().await;

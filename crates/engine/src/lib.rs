@@ -23,6 +23,7 @@ mod images;
 mod instance;
 mod kill;
 mod logs;
+mod observe;
 mod ops;
 mod recovery;
 mod registry;

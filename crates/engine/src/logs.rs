@@ -10,7 +10,7 @@ use std::{
 };
 
 use doze_agent::{config::EXIT_MARKER, message::ProgramExit};
-use doze_host::watch::FolderWatch;
+use doze_host::watch::FileWatch;
 use rustix::fs::FallocateFlags;
 use tokio::sync::mpsc;
 
@@ -124,29 +124,31 @@ fn trim_one(path: &Path, limit: u64) -> io::Result<()> {
 
 /// Sends the last `tail` lines (`None`: all) and, with `follow`, new ones as they are written. Ends when
 /// the receiver is dropped, when the folder is removed, or at the end without `follow`.
-pub fn stream(path: PathBuf, tail: Option<usize>, follow: bool) -> mpsc::Receiver<String> {
+///
+/// # Errors
+/// Those of [`FileWatch::new`] when following.
+pub fn stream(
+    path: PathBuf,
+    tail: Option<usize>,
+    follow: bool,
+) -> io::Result<mpsc::Receiver<String>> {
+    // The watch comes before the first read, so nothing falls between them.
+    let watch = follow.then(|| FileWatch::new(&path)).transpose()?;
     let (sender, receiver) = mpsc::channel(256);
     tokio::spawn(async move {
-        if let Err(error) = pump(&path, tail, follow, &sender).await {
+        if let Err(error) = pump(&path, tail, watch, &sender).await {
             tracing::warn!(%error, path = %path.display(), "streaming a log");
         }
     });
-    receiver
+    Ok(receiver)
 }
 
 async fn pump(
     path: &Path,
     tail: Option<usize>,
-    follow: bool,
+    watch: Option<FileWatch>,
     sender: &mpsc::Sender<String>,
 ) -> io::Result<()> {
-    // The watch comes before the first read, so nothing falls between them.
-    let folder = path.parent().unwrap_or(Path::new("/"));
-    let watch = if follow {
-        Some(FolderWatch::new(folder)?)
-    } else {
-        None
-    };
     let mut reader = LineReader::new(path.to_owned());
     reader = match tail {
         Some(lines) => run_blocking(move || reader.seek_to_tail(lines)).await?,
@@ -334,19 +336,27 @@ mod tests {
     async fn the_last_lines_are_those_at_the_end_also_across_blocks() {
         let text: String = (0..20_000).map(|n| format!("line {n}\r\n")).collect();
         let (_dir, path) = file(text.as_bytes());
-        let lines = collect(stream(path.clone(), Some(12_000), false)).await;
+        let lines = collect(stream(path.clone(), Some(12_000), false).unwrap()).await;
         assert_eq!(lines.len(), 12_000);
         assert_eq!(lines[0], "line 8000");
         assert_eq!(lines[11_999], "line 19999");
-        assert_eq!(collect(stream(path.clone(), Some(0), false)).await.len(), 0);
-        assert_eq!(collect(stream(path, None, false)).await.len(), 20_000);
+        assert_eq!(
+            collect(stream(path.clone(), Some(0), false).unwrap())
+                .await
+                .len(),
+            0
+        );
+        assert_eq!(
+            collect(stream(path, None, false).unwrap()).await.len(),
+            20_000
+        );
     }
 
     #[tokio::test]
     async fn a_last_line_without_end_is_a_line() {
         let (_dir, path) = file(b"one\ntwo\nthree");
         assert_eq!(
-            collect(stream(path, Some(2), false)).await,
+            collect(stream(path, Some(2), false).unwrap()).await,
             ["two", "three"]
         );
     }
@@ -355,7 +365,7 @@ mod tests {
     async fn following_sees_what_is_written_later_and_ends_with_the_folder() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("app.log");
-        let mut lines = stream(path.clone(), Some(10), true);
+        let mut lines = stream(path.clone(), Some(10), true).unwrap();
         // Written only once the reader waits or not: both orders must work.
         std::fs::write(&path, "first\n").unwrap();
         assert_eq!(lines.recv().await.unwrap(), "first");

@@ -8,9 +8,12 @@
 //! | start | kept: the start is complete | undone: Stopped |
 //! | stop | the stop goes on | Stopped |
 //! | delete | the delete goes on | the delete goes on |
-use std::collections::HashSet;
+use std::{collections::HashSet, time::Duration};
 
-use doze_host::process::{self, ProcessHandle};
+use doze_host::{
+    net::{NetError, Network},
+    process::{self, ProcessHandle, ProcessId},
+};
 use doze_lifecycle::{Fact, Operation, State};
 use doze_vmm::MachineStatus;
 
@@ -21,6 +24,9 @@ use crate::{
     ops::{self, Cancel},
 };
 
+/// A process that survives SIGKILL this long hangs in the kernel; waiting longer would not end it.
+const KILL_DEADLINE: Duration = Duration::from_secs(10);
+
 /// Whether the instance needs more than being read: only these cost time at start-up.
 pub fn is_needed(instance: &Instance) -> bool {
     instance.record.operation().is_some() || instance.record.machine().is_some()
@@ -29,7 +35,9 @@ pub fn is_needed(instance: &Instance) -> bool {
 /// Makes one record true. `Ok(false)`: the instance is gone.
 pub async fn run(instance: &mut Instance) -> Result<bool, EngineError> {
     reattach(instance).await?;
-    kill_strangers(instance).await?;
+    // Its CPUs never ran with our knowledge: it goes.
+    let known = instance.record.machine().map(process_id);
+    kill_marked(instance, known.as_ref()).await?;
     let status = match &instance.live {
         Some(live) => live.machine.status().await.map_err(vmm_error)?,
         None => MachineStatus::Gone,
@@ -102,7 +110,9 @@ async fn settle(instance: &mut Instance, status: MachineStatus) -> Result<(), En
             }
             make_network(instance).await
         }
-        MachineStatus::Shutdown | MachineStatus::Failed => ops::stop::finish(instance, None).await,
+        MachineStatus::Shutdown | MachineStatus::Failed => {
+            crate::observe::power_off(instance, status, None).await
+        }
         MachineStatus::Gone => {
             let failure = "its machine monitor was gone when the server started";
             instance.collect_exit().await?;
@@ -144,30 +154,37 @@ async fn reattach(instance: &mut Instance) -> Result<(), EngineError> {
         .attach(description, &process_id(machine))
         .await
         .map_err(vmm_error)?;
-    instance.live = found.map(Live::new);
+    instance.live = found.map(|machine| Live::new(machine, true));
     Ok(())
 }
 
-/// A VMM that carries this instance's mark but not its record's identity was spawned just before the
-/// server died. Its CPUs never ran with our knowledge: it goes.
-async fn kill_strangers(instance: &Instance) -> Result<(), EngineError> {
+/// Kills every VMM that carries this instance's mark, except `spare`: one that was spawned just before
+/// the server died, or one that could not be attached to.
+pub async fn kill_marked(
+    instance: &Instance,
+    spare: Option<&ProcessId>,
+) -> Result<(), EngineError> {
     let mark = doze_vmm::qemu::mark(&instance.id);
-    let known = instance.record.machine().map(process_id);
     let marked = blocking("looking for orphans", move || process::find_marked(&mark))
         .await?
-        .map_err(io_error("looking for machine monitors without a record"))?;
-    for stranger in marked.into_iter().filter(|id| Some(id) != known.as_ref()) {
-        let handle = ProcessHandle::open(&stranger).map_err(io_error("opening an orphan"))?;
+        .map_err(io_error("looking for machine monitors by their mark"))?;
+    for found in marked.into_iter().filter(|id| Some(id) != spare) {
+        let handle = ProcessHandle::open(&found).map_err(io_error("opening a machine monitor"))?;
         if let Some(handle) = handle {
             instance.note(&format!(
-                "killing machine monitor {} that no record names",
-                stranger.pid
+                "killing machine monitor {} found by its mark",
+                found.pid
             ));
-            handle.kill().map_err(io_error("killing an orphan"))?;
             handle
-                .exited()
+                .kill()
+                .map_err(io_error("killing a machine monitor"))?;
+            tokio::time::timeout(KILL_DEADLINE, handle.exited())
                 .await
-                .map_err(io_error("waiting for an orphan"))?;
+                .map_err(|_| EngineError::Internal {
+                    context: format!("killing machine monitor {}", found.pid),
+                    reason: "it is still there after SIGKILL".to_owned(),
+                })?
+                .map_err(io_error("waiting for a machine monitor's end"))?;
         }
     }
     Ok(())
@@ -192,11 +209,8 @@ pub async fn sweep(ctx: &Context, known: &HashSet<String>) -> Result<(), EngineE
     .map_err(io_error("sweeping instance folders"))?;
     match ctx.network().await {
         Ok(Some(network)) => {
-            for (tap, alias) in network.list_taps().await.map_err(net_error)? {
-                if !known.contains(&alias) {
-                    tracing::info!(tap, "removing a TAP without a record");
-                    network.delete_tap(&tap).await.map_err(net_error)?;
-                }
+            if let Err(error) = sweep_taps(&network, known).await {
+                tracing::warn!(%error, "removing TAPs without a record");
             }
         }
         Ok(None) => {}
@@ -204,4 +218,21 @@ pub async fn sweep(ctx: &Context, known: &HashSet<String>) -> Result<(), EngineE
         Err(error) => tracing::warn!(%error, "the network could not be set up"),
     }
     Ok(())
+}
+
+/// Only what has the form of our own: an operator's TAP on the bridge stays.
+async fn sweep_taps(network: &Network, known: &HashSet<String>) -> Result<(), NetError> {
+    for (tap, alias) in network.list_taps().await? {
+        if is_our_tap(&tap) && !known.contains(&alias) {
+            tracing::info!(tap, "removing a TAP without a record");
+            network.delete_tap(&tap).await?;
+        }
+    }
+    Ok(())
+}
+
+/// The form of `store::claim_address`: `dz` and eight hexadecimal digits.
+fn is_our_tap(name: &str) -> bool {
+    name.strip_prefix("dz")
+        .is_some_and(|rest| rest.len() == 8 && rest.bytes().all(|b| b.is_ascii_hexdigit()))
 }

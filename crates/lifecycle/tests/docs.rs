@@ -1,5 +1,6 @@
 //! The tables of docs/lifecycle.md are made from the code; `UPDATE_DOCS=1` rewrites them, otherwise a
 //! difference fails.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 use std::{
     collections::{BTreeMap, VecDeque},
     fmt::Write,

@@ -1,5 +1,6 @@
 //! Go's own published vectors (package `time`, `time_test.go`: TestParseDuration,
 //! TestParseDurationErrors, TestDurationString), and properties over arbitrary input.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 use doze_lifecycle::duration::{GoDuration, parse};
 use proptest::prelude::*;
 

@@ -1,5 +1,6 @@
 //! Random facts and clocks through `Record::apply`: whatever happens, in whatever order, the ledger adds up
 //! and the record stays one that the rules know.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 use std::collections::BTreeMap;
 
 use doze_lifecycle::{

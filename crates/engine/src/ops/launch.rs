@@ -49,7 +49,7 @@ async fn boot(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineErro
     instance.description = Some(description);
     let spawned = Fact::MachineSpawned(process_ref(machine.process()));
     // From here on `end_machine` finds it.
-    instance.live = Some(Live::new(machine));
+    instance.live = Some(Live::new(machine, false));
     instance.commit(spawned).await?;
     instance.reach(KillPoint::LaunchMachineRecorded);
     check(cancel)?;

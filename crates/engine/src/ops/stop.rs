@@ -56,18 +56,28 @@ pub async fn power_off(instance: &mut Instance, cancel: &Cancel) -> Result<bool,
     if is_off(*live.status.borrow_and_update()) {
         return Ok(false);
     }
-    let patience = if instance.record.program_started() {
+    let patience = if instance.record.program_started() || live.reattached {
         CONNECT_PATIENCE
     } else {
         Duration::ZERO
     };
-    let connected = tokio::time::timeout(patience, live.guest.wait_for(|guest| guest.connected));
-    let connected = matches!(connected.await, Ok(Ok(_)));
+    // The machine may go off by itself at any moment: then there is nobody left to ask.
+    let mut status = live.status.clone();
+    let off = status.wait_for(|status| is_off(*status));
+    let connected = tokio::select! {
+        _ = off => return Ok(false),
+        () = cancel.cancelled() => return Ok(true),
+        waited = tokio::time::timeout(patience, live.guest.wait_for(|guest| guest.connected)) => {
+            matches!(waited, Ok(Ok(_)))
+        }
+    };
     if !connected {
         instance.note("the guest does not answer; ending its machine");
         return Ok(false);
     }
+    let off = status.wait_for(|status| is_off(*status));
     let asked = tokio::select! {
+        _ = off => return Ok(false),
         () = cancel.cancelled() => return Ok(true),
         asked = live.agent.shutdown(grace) => asked,
     };

@@ -204,6 +204,11 @@ impl Links {
         }
     }
 
+    pub(super) async fn set_alias(&self, index: u32, alias: &str) -> Result<(), NetError> {
+        let message = LinkUnspec::new_with_index(index).alias(alias).build();
+        self.change(message, "setting a link's alias").await
+    }
+
     /// Makes the TAP a port of the bridge, its alias first.
     pub(super) async fn enslave(
         &self,
@@ -211,8 +216,7 @@ impl Links {
         alias: &str,
         bridge: u32,
     ) -> Result<(), NetError> {
-        let message = LinkUnspec::new_with_index(index).alias(alias).build();
-        self.change(message, "setting the TAP's alias").await?;
+        self.set_alias(index, alias).await?;
         let message = LinkUnspec::new_with_index(index).controller(bridge).build();
         self.change(message, "making the TAP a port of the bridge")
             .await

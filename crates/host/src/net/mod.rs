@@ -118,6 +118,33 @@ impl Network {
         Ok(network)
     }
 
+    /// Marks the bridge as the one of `owner` (1 to 255 bytes, the same at every start of one server), so that two
+    /// servers of one host never take each other's TAPs for leftovers.
+    ///
+    /// # Errors
+    /// [`NetError::Failed`] naming the other owner when the bridge has one.
+    pub async fn claim(&self, owner: &str) -> Result<(), NetError> {
+        Links::run(async |links| {
+            let bridge = self.bridge(&links).await?;
+            if bridge.alias == owner {
+                return Ok(());
+            }
+            if !bridge.alias.is_empty() {
+                let name = &self.base.bridge;
+                return Err(NetError::Failed {
+                    context: format!("the bridge {name}"),
+                    message: format!(
+                        "it belongs to another doze server ({}); set [network] bridge to another name, or, \
+                         when that server is gone for good, run: ip link delete {name}",
+                        bridge.alias
+                    ),
+                });
+            }
+            links.set_alias(bridge.index, owner).await
+        })
+        .await
+    }
+
     async fn ensure_bridge_link(&self) -> Result<(), NetError> {
         let Base {
             bridge, bridge_mac, ..

@@ -1,0 +1,196 @@
+//! A driver at rest: books what the machine and its guest do, and ends what is stuck.
+//!
+//! Level-triggered: looks at what is true now and not yet in the record, so nothing is missed by
+//! having been busy.
+use std::time::Duration;
+
+use doze_lifecycle::{Fact, State};
+use doze_vmm::MachineStatus;
+use tokio::{sync::mpsc, time::Instant};
+
+use crate::{EngineError, driver::Message, instance::Instance, now, ops, recovery};
+
+/// How long a guest may stay up after it said that its program ended.
+const POWER_OFF_PATIENCE: Duration = Duration::from_secs(20);
+/// How often logs are looked at for their size, and failed attempts are repeated.
+const CHECK: Duration = Duration::from_secs(30);
+
+/// At rest: waits for a message while booking what happens to the machine.
+pub async fn idle(
+    instance: &mut Instance,
+    mailbox: &mut mpsc::Receiver<Message>,
+) -> Option<Message> {
+    let mut check = tokio::time::interval_at(Instant::now() + CHECK, CHECK);
+    loop {
+        let mut done = match observe(instance).await {
+            Ok(()) => true,
+            Err(error) => {
+                instance.note(&format!("booking what happened failed: {error}"));
+                false
+            }
+        };
+        if done && is_overdue(instance) {
+            done = overdue(instance).await;
+        }
+        // What could not be recorded now (a full disk, a hung process) is tried again with the next check
+        // or command, not at once.
+        let deadline = deadline(instance).filter(|_| done);
+        tokio::select! {
+            message = mailbox.recv() => return message,
+            () = changed(instance), if done => {}
+            () = sleep_until(deadline) => {}
+            _ = check.tick(), if instance.record.machine().is_some() => regular_check(instance).await,
+        }
+    }
+}
+
+/// Keeps logs small, also when nothing else works because they filled the disk, and looks again for a
+/// machine that could not be attached to.
+async fn regular_check(instance: &mut Instance) {
+    crate::logs::trim(&instance.dir(), instance.ctx.config.limits.max_log_bytes).await;
+    if instance.live.is_none()
+        && let Err(error) = recovery::run(instance).await
+    {
+        instance.note(&format!("its machine is still out of reach: {error}"));
+    }
+}
+
+async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Resolves when the machine or its guest has something new. A side that ended has nothing more to say.
+async fn changed(instance: &mut Instance) {
+    let Some(live) = instance.live.as_mut() else {
+        return std::future::pending().await;
+    };
+    let status = async {
+        if live.status.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    };
+    let guest = async {
+        if live.guest.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    };
+    tokio::select! {
+        () = status => {}
+        () = guest => {}
+    }
+}
+
+/// Books everything that is true of the machine and its guest and not yet in the record.
+async fn observe(instance: &mut Instance) -> Result<(), EngineError> {
+    let Some(live) = instance.live.as_mut() else {
+        return Ok(());
+    };
+    let guest = live.guest.borrow_and_update().clone();
+    let status = *live.status.borrow_and_update();
+    let (here, stamp) = (std::time::Instant::now(), now());
+    let at = |instant| {
+        let age = here.saturating_duration_since(instant);
+        stamp.earlier(u64::try_from(age.as_micros()).unwrap_or(u64::MAX))
+    };
+    let booting = match instance.record.state() {
+        State::Initializing | State::Running => true,
+        State::Created | State::Paused | State::Shutdown => false,
+        State::Stopped | State::Standby => false,
+    };
+    if booting {
+        if let Some(instant) = guest.program_started
+            && !instance.record.program_started()
+        {
+            instance
+                .commit_at(Fact::ProgramStarted, &at(instant))
+                .await?;
+        }
+        if let Some(instant) = guest.agent_ready
+            && !instance.record.agent_ready()
+        {
+            instance.commit_at(Fact::AgentReady, &at(instant)).await?;
+        }
+        if guest.program_exit.is_some() {
+            if let Some(live) = instance.live.as_mut() {
+                live.exited.get_or_insert_with(Instant::now);
+            }
+            instance.collect_exit().await?;
+        }
+    }
+    match status {
+        MachineStatus::Prelaunch | MachineStatus::Running | MachineStatus::Paused => Ok(()),
+        MachineStatus::Shutdown | MachineStatus::Failed | MachineStatus::Gone => {
+            power_off(instance, status, guest.boot_error).await
+        }
+    }
+}
+
+/// The guest or its VMM ended without being asked.
+pub async fn power_off(
+    instance: &mut Instance,
+    status: MachineStatus,
+    boot_error: Option<String>,
+) -> Result<(), EngineError> {
+    instance.collect_exit().await?;
+    let failure = match (boot_error, instance.record.exit(), status) {
+        (Some(error), _, _) => Some(format!("the guest could not boot: {error}")),
+        (None, Some(_), MachineStatus::Shutdown) => None,
+        (None, _, MachineStatus::Gone) => Some("its machine monitor died".to_owned()),
+        (None, _, MachineStatus::Failed) => {
+            Some("its machine failed; see its logs (source vmm)".to_owned())
+        }
+        (None, _, _) => Some(
+            "the guest went down without saying how its program ended; see its logs (source vmm)"
+                .to_owned(),
+        ),
+    };
+    if status == MachineStatus::Gone {
+        instance
+            .end_machine(crate::kill::KillPoint::StopMachineKilled, failure)
+            .await
+    } else {
+        ops::stop::finish(instance, failure).await
+    }
+}
+
+/// When the guest's next step is overdue. Counted from when we could hear it: a server that was down
+/// knows nothing of what the guest said meanwhile.
+fn deadline(instance: &Instance) -> Option<Instant> {
+    let live = instance.live.as_ref()?;
+    if let Some(exited) = live.exited {
+        return Some(exited + POWER_OFF_PATIENCE);
+    }
+    match instance.record.state() {
+        State::Initializing => Some(live.since + instance.ctx.config.limits.boot_timeout),
+        State::Created | State::Running | State::Paused => None,
+        State::Shutdown | State::Stopped | State::Standby => None,
+    }
+}
+
+fn is_overdue(instance: &Instance) -> bool {
+    deadline(instance).is_some_and(|deadline| deadline <= Instant::now())
+}
+
+/// Ends a machine whose guest is stuck. `false`: it has to be tried again.
+async fn overdue(instance: &mut Instance) -> bool {
+    let reason = if instance.record.exit().is_some() {
+        "the guest did not power off after its program ended".to_owned()
+    } else {
+        let limit = instance.ctx.config.limits.boot_timeout;
+        format!(
+            "the guest did not become ready within {} s (limits.boot_timeout)",
+            limit.as_secs()
+        )
+    };
+    instance.note(&reason);
+    match ops::stop::finish(instance, Some(reason)).await {
+        Ok(()) => true,
+        Err(error) => {
+            instance.note(&format!("ending the machine failed: {error}"));
+            false
+        }
+    }
+}
