@@ -7,11 +7,13 @@
 //! | [`files`] | atomic writes, private folders, sparse files, removal, space |
 //! | [`process`] | detached processes named by pid + start time + boot id, watched by pidfd |
 //! | [`clock`] | boot id, boot time, wall time |
+//! | [`conntrack`] | who talks to whom: dumps and events of connection tracking, what counts as activity |
 //! | [`net`] | bridge, TAPs, forwarding entries, our nftables table |
 //! | [`tsc`] | the frequency of the time-stamp counter |
 //! | [`virt`] | whether hardware virtualisation is really usable |
 //! | [`watch`] | waiting for a folder's files to change |
 pub mod clock;
+pub mod conntrack;
 pub mod files;
 pub mod net;
 pub mod process;

@@ -1,0 +1,184 @@
+//! The tracker's truth against the kernel's.
+use std::net::{IpAddr, Ipv4Addr};
+
+use doze_host::conntrack::{
+    Family, NotInSync, Observer, Options, TcpState, Tracker, TrackerOptions,
+};
+use tokio::{net::TcpStream, sync::watch};
+
+use crate::world::*;
+
+async fn tracker(receive_buffer: usize) -> (Observer, Tracker) {
+    let options = Options {
+        receive_buffer,
+        ..Options::default()
+    };
+    let observer = Observer::open(options).await.unwrap();
+    let tracker = Tracker::start(observer, TrackerOptions::default()).unwrap();
+    patient("the first dump", tracker.in_sync()).await.unwrap();
+    (observer, tracker)
+}
+
+/// Waits, by the tracker's own signal, until it knows what a dump says.
+async fn agrees(observer: &Observer, tracker: &Tracker, watch: &mut watch::Receiver<u64>) {
+    let same = async {
+        loop {
+            watch.borrow_and_update();
+            let truth = facts(&observer.dump(Family::Ipv4).await.unwrap());
+            if let Ok(known) = tracker.flows_to(GUEST.into())
+                && facts(&known) == truth
+            {
+                return;
+            }
+            watch.changed().await.unwrap();
+        }
+    };
+    patient("the tracker's agreement with a dump", same).await;
+}
+
+#[test]
+fn it_knows_what_was_there_and_what_comes_and_tells_who_watches() {
+    inside(
+        "tracker::it_knows_what_was_there_and_what_comes_and_tells_who_watches",
+        async || {
+            let guest = Guest::start();
+            let _listener = guest.listen();
+            let _early = TcpStream::connect((GUEST, PORT)).await.unwrap();
+            let (observer, tracker) = tracker(1 << 20).await;
+            assert_eq!(tracker.flows_to(GUEST.into()).unwrap().len(), 1);
+            let mut watch = tracker.watch(GUEST.into());
+            let others = tracker.watch(Ipv4Addr::new(10, 77, 0, 9).into());
+            let _late = TcpStream::connect((GUEST, PORT)).await.unwrap();
+            patient("a signal", watch.changed()).await.unwrap();
+            agrees(&observer, &tracker, &mut watch).await;
+            let flows = tracker.flows_to(GUEST.into()).unwrap();
+            assert_eq!(flows.len(), 2);
+            assert!(
+                flows
+                    .iter()
+                    .all(|flow| flow.state == Some(TcpState::Established))
+            );
+            assert!(
+                !others.has_changed().unwrap(),
+                "signalled about another address"
+            );
+            assert_eq!(tracker.flows_to(HOST.into()), Ok(vec![]));
+            let counters = tracker.counters();
+            assert_eq!((counters.new, counters.resyncs, counters.flows), (1, 1, 2));
+            tracker.stop().await;
+        },
+    );
+}
+
+#[test]
+fn a_flood_beyond_the_buffer_is_recovered_from() {
+    inside(
+        "tracker::a_flood_beyond_the_buffer_is_recovered_from",
+        async || {
+            track();
+            let (observer, tracker) = tracker(4096).await;
+            let mut watch = tracker.watch(GUEST.into());
+            let flood = tokio::task::spawn_blocking(|| {
+                let injector = Injector::new();
+                for round in 0..10 {
+                    let these = round * 2000..(round + 1) * 2000;
+                    injector.create(these.clone().map(made_up), 3);
+                    // Changes of state and ends, whose loss would show.
+                    injector.delete(these.clone().step_by(3).map(made_up));
+                    injector.create(these.step_by(3).map(made_up), 7);
+                }
+            });
+            patient("the flood", flood).await.unwrap();
+            agrees(&observer, &tracker, &mut watch).await;
+            let counters = tracker.counters();
+            assert!(counters.overflows > 0, "{counters:?}");
+            assert!(counters.resyncs > 1, "{counters:?}");
+            assert_eq!(counters.flows, 20_000);
+        },
+    );
+}
+
+#[test]
+fn changes_during_dumps_are_not_lost() {
+    inside("tracker::changes_during_dumps_are_not_lost", async || {
+        track();
+        Injector::new().create((0..20_000).map(made_up), 3);
+        let (observer, tracker) = tracker(64 << 20).await;
+        let mut watch = tracker.watch(GUEST.into());
+        let changes = tokio::task::spawn_blocking(|| {
+            let injector = Injector::new();
+            for n in 0..10_000 {
+                injector.delete([made_up(n * 2)]);
+                if n % 2 == 0 {
+                    injector.create([made_up(n * 2)], 7);
+                }
+            }
+        });
+        while !changes.is_finished() {
+            patient("a dump", tracker.resync()).await.unwrap();
+        }
+        patient("the changes", changes).await.unwrap();
+        agrees(&observer, &tracker, &mut watch).await;
+        let counters = tracker.counters();
+        assert_eq!((counters.flows, counters.overflows), (15_000, 0));
+        assert!(counters.resyncs > 1);
+    });
+}
+
+#[test]
+fn losing_the_socket_is_owned_up_to_and_mended() {
+    inside(
+        "tracker::losing_the_socket_is_owned_up_to_and_mended",
+        async || {
+            track();
+            let injector = Injector::new();
+            injector.create((0..10).map(made_up), 3);
+            let (observer, tracker) = tracker(1 << 20).await;
+            let mut health = tracker.watch_health();
+            let mut watch = tracker.watch(GUEST.into());
+            watch.borrow_and_update();
+            tracker.cut();
+            let down =
+                |health: &Result<(), NotInSync>| matches!(health, Err(NotInSync::Disconnected(_)));
+            patient("the loss", health.wait_for(down)).await.unwrap();
+            patient("the watcher's signal", watch.changed())
+                .await
+                .unwrap();
+            let read = tracker.flows_to(IpAddr::from(GUEST));
+            assert!(read.is_err() || tracker.counters().resyncs > 1, "{read:?}");
+            // Nobody hears of these.
+            injector.create((10..20).map(made_up), 3);
+            injector.delete((0..5).map(made_up));
+            patient("the reconnect", tracker.in_sync()).await.unwrap();
+            agrees(&observer, &tracker, &mut watch).await;
+            let counters = tracker.counters();
+            assert_eq!((counters.disconnects, counters.flows), (1, 15));
+            // And the new subscription hears.
+            injector.create([made_up(30)], 3);
+            agrees(&observer, &tracker, &mut watch).await;
+            assert_eq!(tracker.counters().new, 1);
+        },
+    );
+}
+
+#[test]
+fn more_flows_than_allowed_are_no_truth() {
+    inside(
+        "tracker::more_flows_than_allowed_are_no_truth",
+        async || {
+            track();
+            let injector = Injector::new();
+            injector.create((0..10).map(made_up), 3);
+            let options = TrackerOptions { max_flows: 10 };
+            let tracker = Tracker::start(observer().await, options).unwrap();
+            patient("the first dump", tracker.in_sync()).await.unwrap();
+            let mut health = tracker.watch_health();
+            injector.create([made_up(11)], 3);
+            let full = |health: &Result<(), NotInSync>| *health == Err(NotInSync::TooManyFlows(10));
+            patient("the limit", health.wait_for(full)).await.unwrap();
+            injector.delete([made_up(0), made_up(11)]);
+            patient("a dump", tracker.resync()).await.unwrap();
+            assert_eq!(tracker.flows_to(GUEST.into()).unwrap().len(), 9);
+        },
+    );
+}
