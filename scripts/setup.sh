@@ -23,6 +23,8 @@ make:make
 python3:python3-venv
 node:nodejs
 npm:npm
+zstd:zstd
+lz4:lz4
 "
 
 apt_fresh=no

@@ -3,7 +3,7 @@
 //! ```text
 //!   cli ──> daemon ──> engine ──> lifecycle
 //!    │         │          ├─────> vmm ────┐
-//!    └──> api <┘          ├─────> image ──┼──> host
+//!    └──> api <┘          ├─────> image ──┼──> host <── snapshot <── cli
 //!                         └─────> agent   │
 //!   guest ──> agent                     (host, agent, lifecycle, api: nothing of ours)
 //! ```
@@ -24,6 +24,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("doze-api", &[]),
     ("doze-vmm", &["doze-host"]),
     ("doze-image", &["doze-host"]),
+    ("doze-snapshot", &["doze-host"]),
     (
         "doze-engine",
         &[
@@ -47,11 +48,18 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "doze-agent",
         ],
     ),
-    // `serve` and the configuration come from the daemon, `doctor` asks the host's own probes, and
-    // durations on the command line are read by the pure crate that reads them everywhere.
+    // `serve` and the configuration come from the daemon, `doctor` asks the host's own probes,
+    // `snapshot-tool` works on files without a server, and durations on the command line are read by
+    // the pure crate that reads them everywhere.
     (
         "doze",
-        &["doze-daemon", "doze-api", "doze-host", "doze-lifecycle"],
+        &[
+            "doze-daemon",
+            "doze-api",
+            "doze-host",
+            "doze-lifecycle",
+            "doze-snapshot",
+        ],
     ),
     ("doze-guest", &["doze-agent"]),
     // The cases speak REST and know nothing of the inside; the tools need nothing of it.

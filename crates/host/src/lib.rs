@@ -12,6 +12,8 @@
 //! | [`tsc`] | the frequency of the time-stamp counter |
 //! | [`virt`] | whether hardware virtualisation is really usable |
 //! | [`watch`] | waiting for a folder's files to change |
+//! | [`background`] | low priority for a thread, given back on demand; writing out in steps |
+pub mod background;
 pub mod clock;
 pub mod conntrack;
 pub mod files;
