@@ -144,6 +144,10 @@ async fn feed(mut input: ExecInput, mut resized: Signal, interactive: bool, tty:
     let mut stdin = tokio::io::stdin();
     let mut buffer = vec![0; 16 << 10];
     let mut reading = interactive;
+    if !interactive && !tty {
+        // Nothing will come: a command that reads must not wait for it.
+        let _ended = input.end().await;
+    }
     loop {
         tokio::select! {
             _ = resized.recv(), if tty => if let Some((rows, cols)) = terminal::size() {
@@ -152,7 +156,8 @@ async fn feed(mut input: ExecInput, mut resized: Signal, interactive: bool, tty:
             read = stdin.read(&mut buffer), if reading => match read {
                 Ok(0) => {
                     reading = false;
-                    end_of_input(&mut input, tty).await;
+                    // A command that is gone does not need to know.
+                    let _ended = input.end().await;
                 }
                 Ok(count) => reading = input.write(Bytes::copy_from_slice(&buffer[..count])).await.is_ok(),
                 Err(error) => return Failure::new(format!("cannot read standard input: {error}")).no_program(),
@@ -160,13 +165,5 @@ async fn feed(mut input: ExecInput, mut resized: Signal, interactive: bool, tty:
             // Neither branch is left: wait for the output half.
             else => std::future::pending().await,
         }
-    }
-}
-
-/// On a terminal the end of input is a key (^D). Without one the protocol has no word for it, and
-/// hanging up would end the command.
-async fn end_of_input(input: &mut ExecInput, tty: bool) {
-    if tty {
-        let _ended = input.write(Bytes::from_static(&[4])).await;
     }
 }

@@ -3,7 +3,8 @@
 //! ```text
 //!   client                                   server
 //!     ── text   ExecStart ───────────────────>
-//!     ── binary stdin ───────────────────────>   (no end-of-input frame exists)
+//!     ── binary stdin ───────────────────────>
+//!     ── text   {"end_of_input":true} ───────>   (an addition to the contract)
 //!     ── text   {"resize":{"rows","cols"}} ──>   (tty only)
 //!     <────────────────────── binary output ──   stdout and stderr merged
 //!     <────────────────── text {"exitCode":N} ── the last frame
@@ -58,6 +59,15 @@ pub struct ExecResize {
 #[serde(deny_unknown_fields)]
 pub struct ResizeFrame {
     pub resize: ExecResize,
+}
+
+/// A control frame of the client: no more input comes. The command sees the end of its standard input; on a
+/// tty, `^D`. An addition to the contract: its published clients never send it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct EndOfInputFrame {
+    /// Always true.
+    pub end_of_input: bool,
 }
 
 /// Last frame of the server.

@@ -29,7 +29,7 @@ pub use capabilities::{
 #[cfg(feature = "client")]
 pub use client::{Client, ClientError};
 pub use error::{ErrorBody, ErrorDetail};
-pub use exec::{ExecExit, ExecResize, ExecStart, MAX_FRAME, ResizeFrame};
+pub use exec::{EndOfInputFrame, ExecExit, ExecResize, ExecStart, MAX_FRAME, ResizeFrame};
 pub use image::{Image, ImageStatus, ImportEvent};
 pub use instance::{
     CreateInstanceRequest, CreateNetwork, Hypervisor, Instance, InstanceNetwork, InstanceState,

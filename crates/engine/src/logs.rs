@@ -133,7 +133,11 @@ pub fn stream(
     follow: bool,
 ) -> io::Result<mpsc::Receiver<String>> {
     // The watch comes before the first read, so nothing falls between them.
-    let watch = follow.then(|| FileWatch::new(&path)).transpose()?;
+    let watch = match follow.then(|| FileWatch::new(&path)).transpose() {
+        // An instance without a folder never ran: nothing is there and nothing will come.
+        Err(e) if e.kind() == io::ErrorKind::NotFound => None,
+        watch => watch?,
+    };
     let (sender, receiver) = mpsc::channel(256);
     tokio::spawn(async move {
         if let Err(error) = pump(&path, tail, watch, &sender).await {

@@ -32,7 +32,7 @@ use doze_agent::{
     client::{ExecEvent, ExecInput, ExecSession},
     message::ExecRequest,
 };
-use doze_api::{ExecExit, ExecResize, MAX_FRAME, ResizeFrame};
+use doze_api::{EndOfInputFrame, ExecExit, ExecResize, MAX_FRAME, ResizeFrame};
 use doze_lifecycle::{Admission, Command, admission};
 use futures::{
     SinkExt, StreamExt,
@@ -67,7 +67,7 @@ type Stream = SplitStream<WebSocket>;
 
 /// Run a command in an instance
 #[utoipa::path(get, path = "/instances/{id}/exec", tag = "instances", operation_id = "execInstance",
-    description = "A WebSocket. The client's first text frame is an `ExecStart`; binary frames carry input one way (at most 16 MiB each) and merged output the other (at most 1 MiB each); a text frame `ResizeFrame` resizes a tty; the server's last text frame is an `ExecExit`. After the upgrade, a failure is a close frame with a reason.",
+    description = "A WebSocket. The client's first text frame is an `ExecStart`; binary frames carry input one way (at most 16 MiB each) and merged output the other (at most 1 MiB each); a text frame `ResizeFrame` resizes a tty, an `EndOfInputFrame` ends the input; the server's last text frame is an `ExecExit`. After the upgrade, a failure is a close frame with a reason.",
     params(("id" = String, Path, description = "Id, name, or unique prefix of an id")),
     responses(
         (status = 101, description = "Send the first frame"),
@@ -193,6 +193,7 @@ enum Input {
     /// With its share of the queue's room. A frame larger than all of it is let in when it is empty.
     Data(Bytes, OwnedSemaphorePermit),
     Resize(ExecResize),
+    End,
 }
 
 /// Reads frames into the queue until the client is gone or wrong. Does not read while it is full.
@@ -210,7 +211,8 @@ async fn read(stream: &mut Stream, queue: mpsc::Sender<Input>) -> End {
                 }
             }
             Some(Ok(Message::Text(text))) => match control(text.as_str()) {
-                Ok(resize) => Input::Resize(resize),
+                Ok(Control::Resize(resize)) => Input::Resize(resize),
+                Ok(Control::EndOfInput) => Input::End,
                 Err(reason) => return End::Violation(reason),
             },
             Some(Ok(Message::Ping(_) | Message::Pong(_))) => continue,
@@ -223,13 +225,24 @@ async fn read(stream: &mut Stream, queue: mpsc::Sender<Input>) -> End {
     }
 }
 
-fn control(text: &str) -> Result<ExecResize, String> {
+/// A control frame after the first.
+#[derive(Debug, PartialEq, Eq)]
+enum Control {
+    Resize(ExecResize),
+    EndOfInput,
+}
+
+fn control(text: &str) -> Result<Control, String> {
+    let ends = serde_json::from_str::<EndOfInputFrame>(text);
+    if let Ok(EndOfInputFrame { end_of_input: true }) = ends {
+        return Ok(Control::EndOfInput);
+    }
     let frame: ResizeFrame = parse_json(text.as_bytes()).map_err(|error| error.body.message)?;
     match frame.resize {
         ExecResize { rows: 0, .. } | ExecResize { cols: 0, .. } => {
             Err("resize: rows and cols must be 1 and more".to_owned())
         }
-        resize => Ok(resize),
+        resize => Ok(Control::Resize(resize)),
     }
 }
 
@@ -241,7 +254,8 @@ async fn feed(queued: &mut mpsc::Receiver<Input>, input: &ExecInput) -> std::con
         let outcome = match next {
             Input::Data(data, _room) if open => input.write(data).await,
             Input::Resize(resize) if open => input.resize(resize.rows, resize.cols).await,
-            Input::Data(..) | Input::Resize(_) => continue,
+            Input::End if open => input.close().await,
+            Input::Data(..) | Input::Resize(_) | Input::End => continue,
         };
         if let Err(error) = outcome {
             tracing::debug!(%error, "the command takes no more input");
@@ -340,8 +354,9 @@ mod tests {
     fn control_frames() {
         assert_eq!(
             control(r#"{"resize":{"rows":24,"cols":80}}"#),
-            Ok(ExecResize { rows: 24, cols: 80 })
+            Ok(Control::Resize(ExecResize { rows: 24, cols: 80 }))
         );
+        assert_eq!(control(r#"{"end_of_input":true}"#), Ok(Control::EndOfInput));
         for bad in [
             "",
             "{}",
@@ -351,6 +366,8 @@ mod tests {
             r#"{"resize":{"rows":-1,"cols":80}}"#,
             r#"{"resize":{"rows":1,"cols":1},"x":1}"#,
             r#"{"eof":true}"#,
+            r#"{"end_of_input":false}"#,
+            r#"{"end_of_input":true,"x":1}"#,
         ] {
             assert!(control(bad).is_err(), "{bad}");
         }

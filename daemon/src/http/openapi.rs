@@ -1,6 +1,8 @@
 //! What the OpenAPI document says about the server as a whole.
 use anyhow::Context;
-use doze_api::{ErrorBody, ExecExit, ExecStart, ImportEvent, LogSource, ResizeFrame};
+use doze_api::{
+    EndOfInputFrame, ErrorBody, ExecExit, ExecStart, ImportEvent, LogSource, ResizeFrame,
+};
 use utoipa::{
     OpenApi,
     openapi::{
@@ -22,7 +24,7 @@ use utoipa::{
         (name = "images", description = "OCI images on this host"),
         (name = "server", description = "The server itself")
     ),
-    components(schemas(ErrorBody, ExecStart, ResizeFrame, ExecExit, ImportEvent, LogSource)),
+    components(schemas(ErrorBody, ExecStart, ResizeFrame, EndOfInputFrame, ExecExit, ImportEvent, LogSource)),
     security(("bearer" = []))
 )]
 struct Document;

@@ -16,7 +16,7 @@ use tokio_tungstenite::{
 };
 
 use super::{Client, ClientError};
-use crate::{ExecExit, ExecResize, ExecStart, MAX_FRAME, ResizeFrame};
+use crate::{EndOfInputFrame, ExecExit, ExecResize, ExecStart, MAX_FRAME, ResizeFrame};
 
 type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
 
@@ -100,8 +100,7 @@ impl Client {
 }
 
 impl ExecInput {
-    /// Sends input, waiting while the command does not read. The protocol has no end of input; on a
-    /// tty send `0x04` (^D).
+    /// Sends input, waiting while the command does not read.
     pub async fn write(&mut self, data: Bytes) -> Result<(), ClientError> {
         let mut rest = data;
         while !rest.is_empty() {
@@ -116,6 +115,12 @@ impl ExecInput {
         let frame = ResizeFrame {
             resize: ExecResize { rows, cols },
         };
+        self.sink.send(text(&frame)?).await.map_err(lost)
+    }
+
+    /// No more input: the command sees the end of its standard input (`^D` on a tty).
+    pub async fn end(&mut self) -> Result<(), ClientError> {
+        let frame = EndOfInputFrame { end_of_input: true };
         self.sink.send(text(&frame)?).await.map_err(lost)
     }
 
