@@ -138,8 +138,9 @@ impl Observer {
     /// Subscribes: from here on no change is missed without an [`Event::Lost`].
     ///
     /// By default (`net.netfilter.nf_conntrack_events` = 2) the kernel gives a flow the means to
-    /// send events only if somebody is subscribed when the flow begins: of older flows nothing is
-    /// heard, their end included. Only a dump tells.
+    /// send events only if somebody on the host is subscribed when the flow begins: of older flows
+    /// nothing is heard, their end included. Only a dump tells. They can only be kept too long: a
+    /// client that comes back is a new flow.
     ///
     /// # Errors
     /// What opening and subscribing can meet.
