@@ -118,7 +118,6 @@ async fn measure(flows: u32) {
                         false => encode::create(&connection(*n), 3, 6000),
                         true => encode::delete(&connection(*n)),
                     };
-                    // One by one each: a batch of deletions in one datagram is the kernel's own loop.
                     send(&socket, &some.iter().map(message).collect::<Vec<_>>());
                     sent += u32::try_from(some.len()).unwrap();
                     if let Some(rate) = rate {
