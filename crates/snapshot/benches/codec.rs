@@ -99,7 +99,6 @@ impl Food {
             "/usr/bin",
             "/usr/include",
             "/usr/local",
-            "/root/.rustup",
         ];
         Self {
             folders: roots.into_iter().map(PathBuf::from).collect(),
