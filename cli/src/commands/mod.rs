@@ -14,6 +14,7 @@ pub mod ps;
 pub mod rm;
 pub mod run;
 pub mod serve;
+pub mod snapshot_tool;
 pub mod start;
 pub mod stop;
 pub mod token;
@@ -48,6 +49,9 @@ pub enum Command {
     Token(token::Args),
     /// Check whether this host can run microVMs, and how to mend what is missing
     Doctor(doctor::Args),
+    /// Compress, decompress and check memory images, without a server
+    #[command(subcommand)]
+    SnapshotTool(snapshot_tool::Command),
     #[command(subcommand, hide = true)]
     Debug(debug::Command),
 }
@@ -67,6 +71,7 @@ pub async fn run(command: Command, options: &connection::Options) -> Result<u8, 
         Command::Image(command) => image::run(command, options).await,
         Command::Token(args) => token::run(args),
         Command::Doctor(args) => doctor::run(args).await,
+        Command::SnapshotTool(command) => snapshot_tool::run(command).await,
         Command::Debug(command) => debug::run(command).await,
     }
 }
