@@ -181,7 +181,8 @@ fn run_inner(sandbox: &Sandbox) -> Result<ExitCode> {
     let handle = signals.handle();
     let watcher = std::thread::spawn(move || {
         // The first signal ends the inner process; clean-up follows in the main thread.
-        if signals.forever().next().is_some() {
+        if let Some(signal) = signals.forever().next() {
+            eprintln!("e2e: got signal {signal}, ending");
             let _gone_already_is_fine = kill_process(pid, Signal::KILL);
         }
     });
