@@ -3,7 +3,7 @@
 //! ```text
 //!   cli ──> daemon ──> engine ──> lifecycle
 //!    │         │          ├─────> vmm ────┐
-//!    └──> api <┘          ├─────> image ──┼──> host <── snapshot <── cli
+//!    └──> api <┘          ├─────> image ──┼──> host <── snapshot <── cli, engine
 //!                         └─────> agent   │
 //!   guest ──> agent                     (host, agent, lifecycle, api: nothing of ours)
 //! ```
@@ -32,6 +32,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "doze-host",
             "doze-vmm",
             "doze-image",
+            "doze-snapshot",
             "doze-agent",
         ],
     ),

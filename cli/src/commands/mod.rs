@@ -6,15 +6,18 @@ use crate::{connection, failure::Failure};
 mod common;
 pub mod debug;
 pub mod doctor;
+pub mod drain;
 pub mod exec;
 pub mod image;
 pub mod inspect;
 pub mod logs;
 pub mod ps;
+pub mod restore;
 pub mod rm;
 pub mod run;
 pub mod serve;
 pub mod snapshot_tool;
+pub mod standby;
 pub mod start;
 pub mod stop;
 pub mod token;
@@ -36,6 +39,12 @@ pub enum Command {
     Stop(stop::Args),
     /// Start stopped instances
     Start(start::Args),
+    /// Put instances to sleep: no CPU, no RAM, memory kept on disk
+    Standby(standby::Args),
+    /// Wake sleeping instances
+    Restore(restore::Args),
+    /// Put all instances to sleep, for example before a reboot
+    Drain(drain::Args),
     /// Delete instances
     Rm(rm::Args),
     /// Show everything about an instance
@@ -65,6 +74,9 @@ pub async fn run(command: Command, options: &connection::Options) -> Result<u8, 
         Command::Logs(args) => logs::run(args, options).await,
         Command::Stop(args) => stop::run(args, options).await,
         Command::Start(args) => start::run(args, options).await,
+        Command::Standby(args) => standby::run(args, options).await,
+        Command::Restore(args) => restore::run(args, options).await,
+        Command::Drain(args) => drain::run(args, options).await,
         Command::Rm(args) => rm::run(args, options).await,
         Command::Inspect(args) => inspect::run(args, options).await,
         Command::Wait(args) => wait::run(args, options).await,

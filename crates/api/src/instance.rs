@@ -280,6 +280,21 @@ pub struct StartInstanceRequest {
     pub entrypoint: Option<Vec<String>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cmd: Option<Vec<String>>,
+    /// Boots an instance that is in standby from its disk; its memory is lost. An addition of doze.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub discard_memory: bool,
+}
+
+/// Body of `POST /instances/{id}/standby`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StandbyInstanceRequest {
+    /// How the memory is compressed; wins over the instance's and the server's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compression: Option<crate::SnapshotCompressionConfig>,
+    /// Go duration to wait before compressing; wins over the instance's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compression_delay: Option<String>,
 }
 
 /// Answer of `GET /instances/{id}/wait`.

@@ -1,30 +1,37 @@
 //! What every driver shares: configuration, store, images, monitors, network, reservations.
 use std::{
-    collections::{BTreeMap, HashMap},
-    path::PathBuf,
+    collections::HashMap,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
 
-use doze_host::net::{NetError, Network, NetworkConfig};
+use doze_host::{
+    files,
+    net::{NetError, Network, NetworkConfig},
+};
 use doze_image::{Image, ImageError, ImageStore};
 use doze_vmm::{
     Hypervisor, Monitor,
     boot::{self, BootError, BootFiles},
-    qemu,
 };
 
-use crate::{EngineConfig, EngineError, kill::KillSwitch, store::Store};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::{EngineConfig, EngineError, Monitors, kill::KillSwitch, store::Store};
 
 pub struct Context {
     pub config: EngineConfig,
     pub store: Store,
     pub images: ImageStore,
-    pub monitors: BTreeMap<Hypervisor, Arc<dyn Monitor>>,
+    pub monitors: Monitors,
     pub kill: KillSwitch,
     network: tokio::sync::Mutex<Option<Network>>,
     /// Outcome of the last attempt to set the network up, for readers that must not wait.
     network_error: Mutex<Option<String>>,
     memory: Mutex<HashMap<String, u64>>,
+    /// Bytes of disk promised to operations that have not written them yet.
+    disk: Arc<Mutex<u64>>,
+    restores: Arc<Semaphore>,
     boot: tokio::sync::Mutex<()>,
     total_memory: u64,
 }
@@ -34,13 +41,11 @@ impl Context {
         config: EngineConfig,
         store: Store,
         images: ImageStore,
-        kill: KillSwitch,
+        monitors: Monitors,
         total_memory: u64,
     ) -> Context {
-        let monitors = [Hypervisor::Qemu, Hypervisor::QemuMicrovm]
-            .into_iter()
-            .map(|kind| (kind, qemu::monitor(kind, config.qemu.clone())))
-            .collect();
+        let restores = Arc::new(Semaphore::new(config.limits.max_concurrent_restores.max(1)));
+        let kill = config.kill.clone();
         Context {
             config,
             store,
@@ -50,6 +55,8 @@ impl Context {
             network: tokio::sync::Mutex::new(None),
             network_error: Mutex::new(None),
             memory: Mutex::new(HashMap::new()),
+            disk: Arc::default(),
+            restores,
             boot: tokio::sync::Mutex::new(()),
             total_memory,
         }
@@ -155,8 +162,49 @@ impl Context {
         Ok(())
     }
 
+    /// Promises `bytes` on the file system of `path` until the guard is dropped, or until they were
+    /// written, when they are promised twice for a moment: on the safe side.
+    pub fn reserve_disk(&self, path: &Path, bytes: u64) -> Result<DiskRoom, EngineError> {
+        let free = files::free_space(path).map_err(io_error("measuring free disk space"))?;
+        let mut promised = lock(&self.disk);
+        let available = free.saturating_sub(*promised);
+        if bytes > available {
+            return Err(EngineError::Capacity {
+                resource: "disk",
+                wanted: mib(bytes),
+                available: mib(available),
+                limit: format!("the file system of {}", path.display()),
+            });
+        }
+        *promised += bytes;
+        Ok(DiskRoom {
+            promised: self.disk.clone(),
+            bytes,
+        })
+    }
+
+    /// Waits for its turn among the restores, in the order of asking.
+    pub async fn restore_turn(&self) -> Result<OwnedSemaphorePermit, EngineError> {
+        let turn = self.restores.clone().acquire_owned().await;
+        turn.map_err(|_| EngineError::ShuttingDown)
+    }
+
     pub fn release_memory(&self, id: &str) {
         lock(&self.memory).remove(id);
+    }
+}
+
+/// A promise of disk space; ends when dropped.
+#[derive(Debug)]
+pub struct DiskRoom {
+    promised: Arc<Mutex<u64>>,
+    bytes: u64,
+}
+
+impl Drop for DiskRoom {
+    fn drop(&mut self) {
+        let mut promised = lock(&self.promised);
+        *promised = promised.saturating_sub(self.bytes);
     }
 }
 

@@ -29,9 +29,17 @@ pub enum Message {
     },
     Start {
         overrides: StartOverrides,
+        /// A sleeping instance boots from its disk; its memory is lost.
+        discard_memory: bool,
         reply: Reply,
     },
     Stop {
+        reply: Reply,
+    },
+    Standby {
+        reply: Reply,
+    },
+    Restore {
         reply: Reply,
     },
     Delete {
@@ -51,10 +59,17 @@ pub enum Message {
 impl Message {
     fn command(&self) -> Option<Command> {
         match self {
-            Message::Start { overrides, .. } => Some(Command::Start {
-                overrides: *overrides != StartOverrides::default(),
+            Message::Start {
+                overrides,
+                discard_memory,
+                ..
+            } => Some(Command::Start {
+                overrides: !overrides.is_empty(),
+                discard_memory: *discard_memory,
             }),
             Message::Stop { .. } => Some(Command::Stop),
+            Message::Standby { .. } => Some(Command::Standby { options: false }),
+            Message::Restore { .. } => Some(Command::Restore),
             Message::Delete { graceful, .. } => Some(Command::Delete {
                 graceful: *graceful,
             }),
@@ -67,6 +82,8 @@ impl Message {
             Message::Create { reply }
             | Message::Start { reply, .. }
             | Message::Stop { reply }
+            | Message::Standby { reply }
+            | Message::Restore { reply }
             | Message::Delete { reply, .. }
             | Message::Recover { reply } => drop(reply.send(answer)),
             Message::Retire { reply } => drop(reply.send(())),
@@ -168,8 +185,10 @@ async fn settle(instance: &mut Instance, message: &Message) -> Result<bool, Engi
         Message::Create { .. } | Message::Recover { .. } | Message::Retire { .. } => {
             return Ok(true);
         }
-        Message::Start { .. } => Command::Start { overrides: false },
+        Message::Start { .. } => Command::START,
         Message::Stop { .. } => Command::Stop,
+        Message::Standby { .. } => Command::Standby { options: false },
+        Message::Restore { .. } => Command::Restore,
         Message::Delete { graceful, .. } => Command::Delete {
             graceful: *graceful,
         },
@@ -246,6 +265,22 @@ fn begin(mut instance: Box<Instance>, message: Message) -> Holding {
                 gone: false,
             }
         }),
+        Message::Standby { .. } => Box::pin(async move {
+            let outcome = ops::standby::run(&mut instance, &token).await;
+            Done {
+                instance,
+                outcome,
+                gone: false,
+            }
+        }),
+        Message::Restore { .. } => Box::pin(async move {
+            let outcome = ops::restore::run(&mut instance, &token).await;
+            Done {
+                instance,
+                outcome,
+                gone: false,
+            }
+        }),
         Message::Delete { graceful, .. } => {
             let graceful = *graceful;
             Box::pin(async move {
@@ -293,6 +328,8 @@ fn overlap(
         Message::Create { .. } => Some(Operation::Create),
         Message::Start { .. } => Some(Operation::Start),
         Message::Stop { .. } => Some(Operation::Stop),
+        Message::Standby { .. } => Some(Operation::Standby),
+        Message::Restore { .. } => Some(Operation::Restore),
         Message::Delete { .. } => Some(Operation::Delete),
         Message::Recover { .. } | Message::Retire { .. } => None,
     });

@@ -16,7 +16,7 @@ use doze_agent::{
 use doze_host::net::NetworkConfig;
 use doze_image::ImageStore;
 use doze_lifecycle::{Admission, Command, Record, State, admission::admit};
-use doze_vmm::{Hypervisor, Probe};
+use doze_vmm::{Hypervisor, Monitor, Probe, qemu};
 use futures::{StreamExt, stream};
 use tokio::sync::{mpsc, oneshot};
 
@@ -48,6 +48,9 @@ pub(crate) struct Shared {
     pub image_gate: Arc<tokio::sync::RwLock<()>>,
 }
 
+/// Machine monitors by kind.
+pub type Monitors = std::collections::BTreeMap<Hypervisor, Arc<dyn Monitor>>;
+
 /// Handle to the engine; clones share it.
 #[derive(Clone)]
 pub struct Engine {
@@ -58,6 +61,15 @@ impl Engine {
     /// Opens the store, reconciles every record with what is really there, and reattaches running
     /// machines. Returns when all records are consistent.
     pub async fn open(config: EngineConfig) -> Result<Self, EngineError> {
+        let monitors = [Hypervisor::Qemu, Hypervisor::QemuMicrovm]
+            .into_iter()
+            .map(|kind| (kind, qemu::monitor(kind, config.qemu.clone())))
+            .collect();
+        Engine::open_with(config, monitors).await
+    }
+
+    /// The same with these machine monitors.
+    pub async fn open_with(config: EngineConfig, monitors: Monitors) -> Result<Self, EngineError> {
         check_data_dir(&config.data_dir)?;
         let dir = config.data_dir.clone();
         let (store, stored, images, memory) = blocking("opening the data folder", move || {
@@ -68,8 +80,7 @@ impl Engine {
             Ok::<_, EngineError>((store, stored, images, memory))
         })
         .await??;
-        let kill = config.kill.clone();
-        let ctx = Arc::new(Context::new(config, store, images, kill, memory));
+        let ctx = Arc::new(Context::new(config, store, images, monitors, memory));
         let known: HashSet<String> = stored.iter().map(|i| i.id.clone()).collect();
         recovery::sweep(&ctx, &known).await?;
         let engine = Engine {
@@ -299,14 +310,31 @@ impl Engine {
         Ok(self.shared.registry.find(key)?.view())
     }
 
-    /// Answers when the guest's CPUs run.
+    /// Answers when the guest's CPUs run. With `discard_memory` a sleeping instance boots from its disk and
+    /// loses its memory; without, it is refused.
     pub async fn start(
         &self,
         key: &str,
         overrides: StartOverrides,
+        discard_memory: bool,
     ) -> Result<Arc<InstanceView>, EngineError> {
-        self.command(key, |reply| Message::Start { overrides, reply })
-            .await
+        self.command(key, |reply| Message::Start {
+            overrides,
+            discard_memory,
+            reply,
+        })
+        .await
+    }
+
+    /// Puts the guest to sleep; answers when its snapshot is durable and its VMM is gone.
+    pub async fn standby(&self, key: &str) -> Result<Arc<InstanceView>, EngineError> {
+        self.command(key, |reply| Message::Standby { reply }).await
+    }
+
+    /// Wakes a sleeping guest; answers when it proved that it lives (Running), or when it runs and takes
+    /// its time to answer (Initializing).
+    pub async fn restore(&self, key: &str) -> Result<Arc<InstanceView>, EngineError> {
+        self.command(key, |reply| Message::Restore { reply }).await
     }
 
     /// Asks the program to end, then the machine; answers when the VMM is gone.

@@ -41,6 +41,11 @@ pub enum EngineError {
         available: String,
         limit: String,
     },
+    /// A snapshot cannot be used; it is left as it is.
+    #[error(
+        "the snapshot cannot be restored: {reason}; it is kept. Mend this and restore again, or boot from disk, which loses the memory: doze start --discard-memory"
+    )]
+    Snapshot { reason: String },
     /// Kernel, QEMU, nft or another thing of the host is missing; says how to mend it.
     #[error("{what}; {mend}")]
     DependencyMissing { what: String, mend: String },

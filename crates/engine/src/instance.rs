@@ -34,6 +34,8 @@ pub struct Live {
     pub exited: Option<tokio::time::Instant>,
     /// An earlier server started it; its channel is being built up again.
     pub reattached: bool,
+    /// What a restored guest was asked and may not have answered yet.
+    pub proof: Option<crate::proof::Proof>,
 }
 
 impl Live {
@@ -48,6 +50,7 @@ impl Live {
             since: tokio::time::Instant::now(),
             exited: None,
             reattached,
+            proof: None,
         }
     }
 }
@@ -192,7 +195,10 @@ impl Instance {
             None => crate::recovery::kill_marked(self, None).await?,
         }
         if let Some(live) = self.live.take() {
-            live.agent.close().await;
+            match self.record.has_snapshot() {
+                true => live.agent.close_with(FELL_ASLEEP).await,
+                false => live.agent.close().await,
+            }
         }
         let run = self.dir().join(RUN_DIR);
         crate::context::blocking("removing sockets", move || {
@@ -243,11 +249,16 @@ impl Instance {
     }
 }
 
+/// What exec sessions are told that were open when their instance fell asleep.
+const FELL_ASLEEP: &str = "the instance was put to standby";
+
 pub const RUN_DIR: &str = "run";
 pub const VMM_LOG: &str = "vmm.log";
 pub const APP_LOG: &str = "app.log";
 pub const OPERATIONS_LOG: &str = "operations.log";
 pub const MEMORY: &str = "memory";
+/// The snapshot's folder; having this name is its validity mark.
+pub const SNAPSHOT: &str = "snapshot";
 pub const OVERLAY: &str = "overlay.raw";
 pub const CONFIG: &str = "config.img";
 
@@ -270,6 +281,19 @@ pub fn process_id(machine: &ProcessRef) -> doze_host::process::ProcessId {
 pub fn vmm_error(error: doze_vmm::VmmError) -> EngineError {
     match error {
         doze_vmm::VmmError::Missing { what, mend } => EngineError::DependencyMissing { what, mend },
+        doze_vmm::VmmError::NoSpace {
+            what,
+            needed,
+            available,
+        } => EngineError::Capacity {
+            resource: "disk",
+            wanted: format!("{needed} bytes"),
+            available: format!("{available} bytes"),
+            limit: what,
+        },
+        incompatible @ doze_vmm::VmmError::Incompatible { .. } => EngineError::Snapshot {
+            reason: incompatible.to_string(),
+        },
         other => EngineError::Internal {
             context: "machine monitor".into(),
             reason: chain(&other),

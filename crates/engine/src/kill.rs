@@ -36,6 +36,46 @@ kill_points! {
     LaunchResumed = "launch.resumed",
     /// The record says that the CPUs run; nobody was answered.
     LaunchCpusRecorded = "launch.cpus_recorded",
+    /// A start from Standby gave the memory up; its files are still there.
+    StartMemoryDiscarded = "start.memory_discarded",
+    /// A standby is recorded; nothing was touched.
+    StandbyAdmitted = "standby.admitted",
+    /// The stage folder is there and memory was written back; the guest runs.
+    StandbyFlushed = "standby.flushed",
+    /// The CPUs stand still; the record does not say so.
+    StandbyPaused = "standby.paused",
+    /// The record says Paused; device state is in the stage folder, nothing of it durable.
+    StandbySaved = "standby.saved",
+    /// Memory, device state and manifest are durable; the mark is missing.
+    StandbySealed = "standby.sealed",
+    /// The mark is durable; the record does not say so.
+    StandbyMarked = "standby.marked",
+    /// The record says committed; the VMM is there.
+    StandbyCommitted = "standby.committed",
+    /// The VMM is gone; the record still names it.
+    StandbyMachineKilled = "standby.machine_killed",
+    /// The record says Standby; nobody was answered.
+    StandbyRecorded = "standby.recorded",
+    /// A standby was given up and the guest runs again; the record does not say so.
+    StandbyResumed = "standby.resumed",
+    /// A restore is recorded; nothing was touched.
+    RestoreAdmitted = "restore.admitted",
+    /// The snapshot is found good.
+    RestoreVerified = "restore.verified",
+    /// A VMM waits that no record names.
+    RestoreSpawned = "restore.spawned",
+    /// It holds the guest's state; its CPUs have not run.
+    RestoreLoaded = "restore.loaded",
+    /// The mark is gone; the CPUs have not run.
+    RestoreConsumed = "restore.consumed",
+    /// The CPUs run; the record does not say so.
+    RestoreResumed = "restore.resumed",
+    /// The record says that the CPUs run; the guest has not answered.
+    RestoreRecorded = "restore.recorded",
+    /// The guest's answer is recorded; nobody was answered.
+    RestoreAnswered = "restore.answered",
+    /// A failed restore's VMM is gone; the record still says restore.
+    RestoreUndone = "restore.undone",
     /// A stop is recorded; the guest knows nothing.
     StopAdmitted = "stop.admitted",
     /// The guest was asked to end.
@@ -59,9 +99,19 @@ kill_points! {
 }
 
 /// Which point, if any, this process is to die at.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Default)]
 pub struct KillSwitch {
     armed: Option<String>,
+    watcher: Option<Watcher>,
+}
+
+/// Told of every point that is reached.
+type Watcher = std::sync::Arc<dyn Fn(KillPoint) + Send + Sync>;
+
+impl std::fmt::Debug for KillSwitch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "KillSwitch({:?})", self.armed)
+    }
 }
 
 impl KillSwitch {
@@ -70,12 +120,27 @@ impl KillSwitch {
     pub fn from_env(value: Option<String>) -> Result<KillSwitch, String> {
         match value {
             Some(name) if !KillPoint::ALL.iter().any(|point| point.name() == name) => Err(name),
-            armed => Ok(KillSwitch { armed }),
+            armed => Ok(KillSwitch {
+                armed,
+                watcher: None,
+            }),
+        }
+    }
+
+    /// For tests inside one process: `watcher` hears of every point, and may end the driver there by
+    /// panicking.
+    pub fn watched(watcher: impl Fn(KillPoint) + Send + Sync + 'static) -> KillSwitch {
+        KillSwitch {
+            armed: None,
+            watcher: Some(std::sync::Arc::new(watcher)),
         }
     }
 
     /// Dies here when armed for this point.
     pub fn reach(&self, point: KillPoint) {
+        if let Some(watcher) = &self.watcher {
+            watcher(point);
+        }
         if self.armed.as_deref() == Some(point.name()) {
             tracing::warn!(point = point.name(), "dying here as DOZE_KILL_AT asks");
             // Failing to kill ourselves leaves a test without its crash, which it will notice.

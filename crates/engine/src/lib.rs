@@ -25,13 +25,14 @@ mod kill;
 mod logs;
 mod observe;
 mod ops;
+mod proof;
 mod recovery;
 mod registry;
 mod seed;
 mod store;
 mod view;
 
-pub use engine::Engine;
+pub use engine::{Engine, Monitors};
 pub use error::EngineError;
 pub use kill::{KillPoint, KillSwitch};
 pub use seed::seed_stopped;
@@ -53,12 +54,32 @@ pub struct EngineConfig {
     /// Name servers written into guests.
     pub dns: Vec<std::net::Ipv4Addr>,
     pub limits: Limits,
+    pub standby: StandbyConfig,
+    /// Where the memory of machines that are booted from now on lives.
+    pub memory: doze_vmm::MemoryBacking,
     /// Where, if anywhere, this process is to die; for crash tests.
     pub kill: KillSwitch,
 }
 
+/// How instances fall asleep.
+#[derive(Debug, Clone, Default)]
+pub struct StandbyConfig {
+    pub exec_sessions: ExecPolicy,
+}
+
+/// What happens to exec sessions that are open when an instance is told to sleep.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum ExecPolicy {
+    /// They end with a message once the snapshot is committed.
+    #[default]
+    End,
+    /// The standby is refused.
+    Refuse,
+}
+
 #[derive(Debug, Clone)]
 pub struct Limits {
+
     /// Instances that exist at most.
     pub max_instances: usize,
     /// vCPUs of one instance at most.
@@ -80,6 +101,8 @@ pub struct Limits {
     pub boot_timeout: Duration,
     /// A log file is cut to its newest half when it grows beyond this many bytes.
     pub max_log_bytes: u64,
+    /// Restores that run at the same time at most; the others wait their turn.
+    pub max_concurrent_restores: usize,
 }
 
 /// A checked create request. Sizes in bytes; `None` means the server's default.
@@ -107,6 +130,12 @@ pub struct CreateRequest {
 pub struct StartOverrides {
     pub entrypoint: Option<Vec<String>>,
     pub cmd: Option<Vec<String>>,
+}
+
+impl StartOverrides {
+    pub fn is_empty(&self) -> bool {
+        *self == StartOverrides::default()
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -77,9 +77,16 @@ async fn changed(instance: &mut Instance) {
             std::future::pending::<()>().await;
         }
     };
+    let answer = async {
+        match live.proof.as_mut() {
+            Some(proof) if proof.answer.changed().await.is_ok() => {}
+            Some(_) | None => std::future::pending().await,
+        }
+    };
     tokio::select! {
         () = status => {}
         () = guest => {}
+        () = answer => {}
     }
 }
 
@@ -120,12 +127,31 @@ async fn observe(instance: &mut Instance) -> Result<(), EngineError> {
             instance.collect_exit().await?;
         }
     }
+    book_answer(instance).await?;
     match status {
         MachineStatus::Prelaunch | MachineStatus::Running | MachineStatus::Paused => Ok(()),
         MachineStatus::Shutdown | MachineStatus::Failed | MachineStatus::Gone => {
             power_off(instance, status, guest.boot_error).await
         }
     }
+}
+
+/// Books a restored guest's answer once it is there.
+pub async fn book_answer(instance: &mut Instance) -> Result<(), EngineError> {
+    let answer = match instance.live.as_mut().and_then(|live| live.proof.as_mut()) {
+        Some(proof) if instance.record.awaits_answer() => proof.answer.borrow_and_update().clone(),
+        Some(_) | None => None,
+    };
+    let Some(answer) = answer else {
+        return Ok(());
+    };
+    if let Some(problem) = &answer.problem {
+        instance.note(&format!("restored, but {problem}"));
+    }
+    let age = u64::try_from(answer.at.elapsed().as_micros()).unwrap_or(u64::MAX);
+    instance
+        .commit_at(Fact::AgentAnswered, &now().earlier(age))
+        .await
 }
 
 /// The guest or its VMM ended without being asked.
@@ -164,6 +190,8 @@ fn deadline(instance: &Instance) -> Option<Instant> {
         return Some(exited + POWER_OFF_PATIENCE);
     }
     match instance.record.state() {
+        // Its memory is all there is of it: it may take as long as it needs.
+        State::Initializing if instance.record.awaits_answer() => None,
         State::Initializing => Some(live.since + instance.ctx.config.limits.boot_timeout),
         State::Created | State::Running | State::Paused => None,
         State::Shutdown | State::Stopped | State::Standby => None,

@@ -7,25 +7,28 @@
 //! | create | kept: the create is complete | undone: the instance vanishes |
 //! | start | kept: the start is complete | undone: Stopped |
 //! | stop | the stop goes on | Stopped |
+//! | standby, without the mark | resumed: the guest goes on | Stopped, with the reason |
+//! | standby, with the mark | killed: the standby is complete | Standby |
+//! | restore, with the mark | killed: its CPUs never ran; Standby | Standby, the snapshot untouched |
+//! | restore, without the mark | kept: the restore is complete; still paused: Standby, the mark returns | Stopped, its memory is lost |
 //! | delete | the delete goes on | the delete goes on |
-use std::{collections::HashSet, time::Duration};
+use std::collections::HashSet;
 
 use doze_host::{
     net::{NetError, Network},
-    process::{self, ProcessHandle, ProcessId},
+    process::ProcessId,
 };
 use doze_lifecycle::{Fact, Operation, State};
-use doze_vmm::MachineStatus;
+use doze_snapshot::manifest;
+use doze_vmm::{MachineStatus, Monitor};
 
 use crate::{
     EngineError,
     context::{Context, blocking, io_error, net_error},
-    instance::{Instance, Live, process_id, vmm_error},
+    instance::{Instance, Live, SNAPSHOT, process_id, vmm_error},
     ops::{self, Cancel},
+    proof::Proof,
 };
-
-/// A process that survives SIGKILL this long hangs in the kernel; waiting longer would not end it.
-const KILL_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Whether the instance needs more than being read: only these cost time at start-up.
 pub fn is_needed(instance: &Instance) -> bool {
@@ -36,12 +39,12 @@ pub fn is_needed(instance: &Instance) -> bool {
 pub async fn run(instance: &mut Instance) -> Result<bool, EngineError> {
     reattach(instance).await?;
     // Its CPUs never ran with our knowledge: it goes.
-    let known = instance.record.machine().map(process_id);
+    let live = instance.live.as_ref();
+    let known = live
+        .map(|live| live.machine.process().clone())
+        .or_else(|| instance.record.machine().map(process_id));
     kill_marked(instance, known.as_ref()).await?;
-    let status = match &instance.live {
-        Some(live) => live.machine.status().await.map_err(vmm_error)?,
-        None => MachineStatus::Gone,
-    };
+    let status = status(instance).await?;
     let ran = match status {
         MachineStatus::Running | MachineStatus::Paused => true,
         // It powered off while we were away; what its disk holds is a complete run.
@@ -76,9 +79,23 @@ pub async fn run(instance: &mut Instance) -> Result<bool, EngineError> {
             instance.note("finishing a stop that the server's end interrupted");
             ops::stop::run(instance, &cancel).await?;
         }
+        Some(Operation::Standby) => {
+            if ops::standby::is_marked(instance).await? {
+                instance.note("finishing a standby that the server's end interrupted");
+                ops::standby::complete(instance).await?;
+            } else {
+                let reason = "the server ended before the snapshot was complete";
+                ops::standby::undo(instance, reason).await?;
+            }
+        }
+        Some(Operation::Restore) => {
+            ops::restore::undo(instance, "the server ended before the guest ran").await?;
+        }
         None => {}
     }
+    let status = self::status(instance).await?;
     settle(instance, status).await?;
+    ask_for_proof(instance);
     if let Some(live) = &instance.live {
         instance.ctx.reserve_memory(&instance.id, instance.spec.memory_bytes).or_else(|error| {
             // It runs already; a smaller limit than before only keeps others from starting.
@@ -89,6 +106,23 @@ pub async fn run(instance: &mut Instance) -> Result<bool, EngineError> {
     }
     instance.publish();
     Ok(true)
+}
+
+async fn status(instance: &Instance) -> Result<MachineStatus, EngineError> {
+    match &instance.live {
+        Some(live) => live.machine.status().await.map_err(vmm_error),
+        None => Ok(MachineStatus::Gone),
+    }
+}
+
+/// A restored guest that had not answered when the server ended is asked again.
+fn ask_for_proof(instance: &mut Instance) {
+    if instance.record.awaits_answer()
+        && let Some(live) = instance.live.as_mut()
+        && live.proof.is_none()
+    {
+        live.proof = Some(Proof::ask(live.agent.clone(), instance.id.clone()));
+    }
 }
 
 /// What is left after the operation: a machine that is gone or off is booked as such.
@@ -145,17 +179,43 @@ async fn reattach(instance: &mut Instance) -> Result<(), EngineError> {
     if instance.live.is_some() {
         return Ok(());
     }
-    let (Some(machine), Some(description)) = (instance.record.machine(), &instance.description)
-    else {
+    let Some(description) = &instance.description else {
         return Ok(());
     };
     let monitor = instance.ctx.monitor(description.hypervisor)?.clone();
+    let process = match instance.record.machine() {
+        Some(machine) => Some(process_id(machine)),
+        None => restored_process(instance, monitor.as_ref()).await?,
+    };
+    let Some(process) = process else {
+        return Ok(());
+    };
     let found = monitor
-        .attach(description, &process_id(machine))
+        .attach(description, &process)
         .await
         .map_err(vmm_error)?;
     instance.live = found.map(|machine| Live::new(machine, true));
     Ok(())
+}
+
+/// A restore records its VMM when the CPUs run. Before that only the mark on the process names it; with the
+/// snapshot's mark still there it never ran and is nobody's.
+async fn restored_process(
+    instance: &Instance,
+    monitor: &dyn Monitor,
+) -> Result<Option<ProcessId>, EngineError> {
+    if instance.record.operation() != Some(Operation::Restore) {
+        return Ok(None);
+    }
+    let place = instance.dir().join(SNAPSHOT);
+    let marked = blocking("looking for the snapshot", move || manifest::exists(&place))
+        .await?
+        .map_err(ops::standby::manifest_error)?;
+    if marked {
+        return Ok(None);
+    }
+    let found = monitor.find(&instance.id).await.map_err(vmm_error)?;
+    Ok(found.into_iter().next())
 }
 
 /// Kills every VMM that carries this instance's mark, except `spare`: one that was spawned just before
@@ -164,28 +224,14 @@ pub async fn kill_marked(
     instance: &Instance,
     spare: Option<&ProcessId>,
 ) -> Result<(), EngineError> {
-    let mark = doze_vmm::qemu::mark(&instance.id);
-    let marked = blocking("looking for orphans", move || process::find_marked(&mark))
-        .await?
-        .map_err(io_error("looking for machine monitors by their mark"))?;
+    let monitor = instance.ctx.monitor(instance.spec.hypervisor)?;
+    let marked = monitor.find(&instance.id).await.map_err(vmm_error)?;
     for found in marked.into_iter().filter(|id| Some(id) != spare) {
-        let handle = ProcessHandle::open(&found).map_err(io_error("opening a machine monitor"))?;
-        if let Some(handle) = handle {
-            instance.note(&format!(
-                "killing machine monitor {} found by its mark",
-                found.pid
-            ));
-            handle
-                .kill()
-                .map_err(io_error("killing a machine monitor"))?;
-            tokio::time::timeout(KILL_DEADLINE, handle.exited())
-                .await
-                .map_err(|_| EngineError::Internal {
-                    context: format!("killing machine monitor {}", found.pid),
-                    reason: "it is still there after SIGKILL".to_owned(),
-                })?
-                .map_err(io_error("waiting for a machine monitor's end"))?;
-        }
+        instance.note(&format!(
+            "killing machine monitor {} found by its mark",
+            found.pid
+        ));
+        monitor.kill(&found).await.map_err(vmm_error)?;
     }
     Ok(())
 }

@@ -6,11 +6,18 @@ use crate::{State, record::Operation};
 /// What a caller may ask of an instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Command {
-    /// `overrides`: the request changes entrypoint or command.
+    /// `overrides`: the request changes entrypoint or command. `discard_memory`: a sleeping instance boots from
+    /// its disk instead.
     Start {
         overrides: bool,
+        discard_memory: bool,
     },
     Stop,
+    /// `options`: the request says how the snapshot is to be kept.
+    Standby {
+        options: bool,
+    },
+    Restore,
     /// `graceful`: the guest gets time to end by itself.
     Delete {
         graceful: bool,
@@ -19,20 +26,45 @@ pub enum Command {
 }
 
 impl Command {
-    pub const ALL: [Command; 6] = [
-        Command::Start { overrides: false },
-        Command::Start { overrides: true },
+    pub const ALL: [Command; 10] = [
+        Command::START,
+        Command::Start {
+            overrides: true,
+            discard_memory: false,
+        },
+        Command::Start {
+            overrides: false,
+            discard_memory: true,
+        },
         Command::Stop,
+        Command::Standby { options: false },
+        Command::Standby { options: true },
+        Command::Restore,
         Command::Delete { graceful: true },
         Command::Delete { graceful: false },
         Command::Exec,
     ];
 
+    /// A start without anything to say.
+    pub const START: Command = Command::Start {
+        overrides: false,
+        discard_memory: false,
+    };
+
     pub const fn as_str(self) -> &'static str {
         match self {
-            Command::Start { overrides: false } => "start",
-            Command::Start { overrides: true } => "start with overrides",
+            Command::Start {
+                discard_memory: true,
+                ..
+            } => "start discarding memory",
+            Command::Start {
+                overrides: true, ..
+            } => "start with overrides",
+            Command::Start { .. } => "start",
             Command::Stop => "stop",
+            Command::Standby { options: false } => "standby",
+            Command::Standby { options: true } => "standby with options",
+            Command::Restore => "restore",
             Command::Delete { graceful: true } => "delete gracefully",
             Command::Delete { graceful: false } => "delete",
             Command::Exec => "exec",
@@ -115,26 +147,104 @@ fn during(
     command: Command,
     refuse: impl Fn(&'static str) -> Admission,
 ) -> Admission {
+    match in_flight {
+        Operation::Create => during_create(command, refuse),
+        Operation::Start => during_start(command, refuse),
+        Operation::Stop => during_stop(command, refuse),
+        Operation::Standby => during_standby(command, refuse),
+        Operation::Restore => during_restore(command, refuse),
+        Operation::Delete => match command {
+            Command::Delete { .. } => Admission::Join,
+            Command::Start { .. } | Command::Stop | Command::Exec => {
+                refuse("it is being deleted; create a new one")
+            }
+            Command::Standby { .. } | Command::Restore => {
+                refuse("it is being deleted; create a new one")
+            }
+        },
+    }
+}
+
+const START_OVERRIDES: &str = "overrides take effect on a start from Stopped; stop it first";
+const NO_MEMORY: &str = "there is no sleeping memory to discard; start it without discard_memory";
+const STANDBY_OPTIONS: &str =
+    "options take effect when it goes to sleep; restore it first, or leave them out";
+
+fn during_create(command: Command, refuse: impl Fn(&'static str) -> Admission) -> Admission {
     use Admission::{Interrupt, Join, Wait};
-    match (in_flight, command) {
-        (Operation::Create | Operation::Start, Command::Start { overrides: false }) => Join,
-        (Operation::Create | Operation::Start, Command::Start { overrides: true }) => {
-            refuse("overrides take effect on a start from Stopped; stop it first")
-        }
+    match command {
+        Command::Start {
+            discard_memory: true,
+            ..
+        } => refuse(NO_MEMORY),
+        Command::Start {
+            overrides: true, ..
+        } => refuse(START_OVERRIDES),
+        Command::Start { .. } => Join,
         // A created instance that was never there cannot be stopped: let it come up first.
-        (Operation::Create, Command::Stop) => Wait,
-        (Operation::Start, Command::Stop) => Interrupt,
-        (Operation::Create | Operation::Start, Command::Delete { .. }) => Interrupt,
-        (Operation::Create | Operation::Start, Command::Exec) => Wait,
-        (Operation::Stop, Command::Start { .. }) => Wait,
-        (Operation::Stop, Command::Stop) => Join,
-        (Operation::Stop, Command::Delete { graceful: true }) => Wait,
-        (Operation::Stop, Command::Delete { graceful: false }) => Interrupt,
-        (Operation::Stop, Command::Exec) => refuse("it is stopping; start it again first"),
-        (Operation::Delete, Command::Delete { .. }) => Join,
-        (Operation::Delete, Command::Start { .. } | Command::Stop | Command::Exec) => {
-            refuse("it is being deleted; create a new one")
+        Command::Stop | Command::Standby { .. } | Command::Restore | Command::Exec => Wait,
+        Command::Delete { .. } => Interrupt,
+    }
+}
+
+fn during_start(command: Command, refuse: impl Fn(&'static str) -> Admission) -> Admission {
+    use Admission::{Interrupt, Join, Wait};
+    match command {
+        Command::Start {
+            discard_memory: true,
+            ..
+        } => refuse(NO_MEMORY),
+        Command::Start {
+            overrides: true, ..
+        } => refuse(START_OVERRIDES),
+        Command::Start { .. } => Join,
+        Command::Standby { .. } | Command::Restore | Command::Exec => Wait,
+        Command::Stop | Command::Delete { .. } => Interrupt,
+    }
+}
+
+fn during_stop(command: Command, refuse: impl Fn(&'static str) -> Admission) -> Admission {
+    use Admission::{Interrupt, Join, Wait};
+    match command {
+        Command::Start { .. } => Wait,
+        Command::Stop => Join,
+        Command::Delete { graceful: true } => Wait,
+        Command::Delete { graceful: false } => Interrupt,
+        Command::Standby { .. } | Command::Restore | Command::Exec => {
+            refuse("it is stopping; start it again first")
         }
+    }
+}
+
+/// Whoever wants the guest awake (or gone) interrupts: before the commit the guest goes on as if nothing
+/// had been; after it the standby completes and the command is decided again.
+fn during_standby(command: Command, refuse: impl Fn(&'static str) -> Admission) -> Admission {
+    use Admission::{Interrupt, Join, Wait};
+    match command {
+        Command::Start {
+            discard_memory: true,
+            ..
+        } => Wait,
+        Command::Start {
+            overrides: true, ..
+        } => refuse(START_OVERRIDES),
+        Command::Start { .. } => refuse("it is going to sleep; restore it instead"),
+        Command::Standby { options: false } => Join,
+        Command::Standby { options: true } => refuse(STANDBY_OPTIONS),
+        Command::Stop | Command::Restore | Command::Delete { .. } => Interrupt,
+        Command::Exec => refuse("it is going to sleep; restore it first"),
+    }
+}
+
+fn during_restore(command: Command, refuse: impl Fn(&'static str) -> Admission) -> Admission {
+    use Admission::{Interrupt, Join, Wait};
+    match command {
+        Command::Start {
+            overrides: true, ..
+        } => refuse(START_OVERRIDES),
+        Command::Start { .. } | Command::Stop | Command::Standby { .. } | Command::Exec => Wait,
+        Command::Restore => Join,
+        Command::Delete { .. } => Interrupt,
     }
 }
 
@@ -144,28 +254,59 @@ fn at_rest(
     refuse: impl Fn(&'static str) -> Admission,
 ) -> Admission {
     use Admission::{NoOp, Run};
-    match (state, command) {
-        (_, Command::Delete { .. }) => Run,
-        (State::Stopped, Command::Start { .. }) => Run,
-        (State::Initializing | State::Running, Command::Start { overrides: false }) => NoOp,
-        (State::Initializing | State::Running, Command::Start { overrides: true }) => {
-            refuse("overrides take effect on a start from Stopped; stop it first")
-        }
-        (State::Created | State::Paused | State::Shutdown, Command::Start { .. }) => {
-            refuse("stop it first")
-        }
-        (State::Standby, Command::Start { .. }) => refuse("restore it instead"),
-        (State::Stopped, Command::Stop) => NoOp,
-        (
-            State::Created | State::Initializing | State::Running | State::Paused | State::Shutdown,
-            Command::Stop,
-        ) => Run,
-        (State::Standby, Command::Stop) => refuse("restore it first, or delete it"),
-        (State::Initializing | State::Running, Command::Exec) => Run,
-        (State::Stopped, Command::Exec) => refuse("start it first"),
-        (State::Standby, Command::Exec) => refuse("restore it first"),
-        (State::Created | State::Paused | State::Shutdown, Command::Exec) => {
-            refuse("wait until it is Running")
-        }
+    match command {
+        Command::Delete { .. } => Run,
+        Command::Start {
+            overrides,
+            discard_memory,
+        } => start_at_rest(state, overrides, discard_memory, refuse),
+        Command::Stop => match state {
+            State::Stopped => NoOp,
+            State::Created | State::Initializing | State::Running => Run,
+            State::Paused | State::Shutdown => Run,
+            State::Standby => {
+                refuse("restore it first, delete it, or start it from its disk with discard_memory")
+            }
+        },
+        Command::Standby { options } => match (state, options) {
+            (State::Initializing | State::Running, _) => Run,
+            (State::Standby, false) => NoOp,
+            (State::Standby, true) => refuse(STANDBY_OPTIONS),
+            (State::Stopped, _) => refuse("start it first"),
+            (State::Created | State::Paused | State::Shutdown, _) => {
+                refuse("wait until it is Running")
+            }
+        },
+        Command::Restore => match state {
+            State::Standby => Run,
+            State::Initializing | State::Running => NoOp,
+            State::Stopped => refuse("it has no memory to come back to; start it instead"),
+            State::Created | State::Paused | State::Shutdown => refuse("it does not sleep"),
+        },
+        Command::Exec => match state {
+            State::Initializing | State::Running => Run,
+            State::Stopped => refuse("start it first"),
+            State::Standby => refuse("restore it first"),
+            State::Created | State::Paused | State::Shutdown => refuse("wait until it is Running"),
+        },
+    }
+}
+
+fn start_at_rest(
+    state: State,
+    overrides: bool,
+    discard_memory: bool,
+    refuse: impl Fn(&'static str) -> Admission,
+) -> Admission {
+    match (state, overrides, discard_memory) {
+        (State::Stopped, _, false) => Admission::Run,
+        (State::Standby, _, true) => Admission::Run,
+        (State::Standby, _, false) => refuse(
+            "restore it instead, or boot it from its disk with discard_memory: its memory is lost then",
+        ),
+        (_, _, true) => refuse(NO_MEMORY),
+        (State::Initializing | State::Running, false, false) => Admission::NoOp,
+        (State::Initializing | State::Running, true, false) => refuse(START_OVERRIDES),
+        (State::Created | State::Paused | State::Shutdown, _, false) => refuse("stop it first"),
     }
 }

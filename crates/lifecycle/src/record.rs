@@ -3,10 +3,16 @@
 //! ```text
 //!           MachineSpawned      CpusStarted          ProgramStarted + AgentReady
 //!   Stopped ─────────────> Created ─────> Initializing ─────────────> Running
-//!      ^                      │                │                         │
-//!      │      MachineGone     │                └────── GuestPoweredOff ──┤
-//!      └──────────────────────┴───────────────── MachineGone <── Shutdown┘
+//!      ^                      │             │  ^     └─ GuestPoweredOff ──┤
+//!      │      MachineGone     │             │  │                          v
+//!      ├──────────────────────┴─────────────│──│───── MachineGone <── Shutdown
+//!      │                         CpusPaused │  │ Resumed, then AgentAnswered ─> Running
+//!      │ MemoryLost, MemoryDiscarded        v  │
+//!      └─────────────── Standby <─────── Paused, SnapshotCommitted
+//!                               MachineGone
 //! ```
+//! A standby is undone until `SnapshotCommitted` (`StandbyAbandoned`: the guest goes on) and finished
+//! after it.
 //!
 //! An operation in flight (`operation`) and the state are two things: the state is where the guest is, the
 //! operation is what the server has promised to finish or undo, also after a crash.
@@ -15,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::{Ledger, Stamp, State};
 
 /// Version of the record's stored form. Older ones are migrated when read.
-pub const RECORD_VERSION: u32 = 1;
+pub const RECORD_VERSION: u32 = 2;
 
 /// What the server is doing with an instance. Recorded before its first effect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -29,14 +35,21 @@ pub enum Operation {
     Stop,
     /// Until nothing is left; never undone.
     Delete,
+    /// Until the VMM is gone and its memory kept; undone (the guest goes on) before the snapshot is
+    /// committed, finished after it.
+    Standby,
+    /// Until the CPUs run again; undone (Standby, the snapshot untouched) when it fails before.
+    Restore,
 }
 
 impl Operation {
-    pub const ALL: [Operation; 4] = [
+    pub const ALL: [Operation; 6] = [
         Operation::Create,
         Operation::Start,
         Operation::Stop,
         Operation::Delete,
+        Operation::Standby,
+        Operation::Restore,
     ];
 
     pub const fn as_str(self) -> &'static str {
@@ -45,6 +58,8 @@ impl Operation {
             Operation::Start => "start",
             Operation::Stop => "stop",
             Operation::Delete => "delete",
+            Operation::Standby => "standby",
+            Operation::Restore => "restore",
         }
     }
 }
@@ -89,6 +104,22 @@ pub enum Fact {
     MachineGone { failure: Option<String> },
     /// The operation in flight gave up and has undone what it did.
     OperationFailed { reason: String },
+    /// The VMM acknowledged that the CPUs stand still, for a standby.
+    CpusPaused,
+    /// Memory, device state and manifest are durable: from here on the instance sleeps, whatever happens.
+    SnapshotCommitted,
+    /// A standby gave up before its commit; the guest goes on (stamp: the resume acknowledgement, when it
+    /// had been paused).
+    StandbyAbandoned { reason: String },
+    /// A restore's VMM acknowledged that the CPUs run. The snapshot was consumed just before. `agent`
+    /// says whether the guest has one whose answer makes it Running.
+    Resumed { process: ProcessRef, agent: bool },
+    /// The restored guest's agent answered a question asked after the CPUs ran.
+    AgentAnswered,
+    /// A restore consumed the snapshot, but its guest is gone: only the disk is left.
+    MemoryLost { reason: String },
+    /// A start from disk gave the snapshot up, as its caller wished.
+    MemoryDiscarded,
 }
 
 impl Fact {
@@ -104,6 +135,13 @@ impl Fact {
             Fact::GuestPoweredOff => "GuestPoweredOff",
             Fact::MachineGone { .. } => "MachineGone",
             Fact::OperationFailed { .. } => "OperationFailed",
+            Fact::CpusPaused => "CpusPaused",
+            Fact::SnapshotCommitted => "SnapshotCommitted",
+            Fact::StandbyAbandoned { .. } => "StandbyAbandoned",
+            Fact::Resumed { .. } => "Resumed",
+            Fact::AgentAnswered => "AgentAnswered",
+            Fact::MemoryLost { .. } => "MemoryLost",
+            Fact::MemoryDiscarded => "MemoryDiscarded",
         }
     }
 }
@@ -124,11 +162,35 @@ struct Boot {
     agent_expected: bool,
     program_started: Option<Stamp>,
     agent_ready: Option<Stamp>,
+    /// Since the last restore: whether the agent has to prove itself, and when it did.
+    #[serde(default)]
+    proof: Proof,
+}
+
+/// Whether a restored guest's agent has answered.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Proof {
+    /// Not restored since its boot, or without an agent.
+    #[default]
+    NotNeeded,
+    Awaited,
+    Given(Stamp),
 }
 
 impl Boot {
-    /// When the guest became ready, by its own account: the later of the two.
+    /// When the guest became ready: the later of the two by its own account, and not before it proved
+    /// itself after a restore.
     fn completed(&self) -> Option<Stamp> {
+        let booted = self.booted()?;
+        match &self.proof {
+            Proof::NotNeeded => Some(booted),
+            Proof::Awaited => None,
+            Proof::Given(at) => Some(booted.later(at.clone())),
+        }
+    }
+
+    fn booted(&self) -> Option<Stamp> {
         match (
             &self.program_started,
             &self.agent_ready,
@@ -157,6 +219,12 @@ pub struct Record {
     stopped_at_us: Option<i64>,
     /// How often the CPUs were started from nothing.
     boots: u64,
+    /// A committed snapshot is there to come back to.
+    #[serde(default)]
+    snapshot: bool,
+    /// How often the CPUs went on from a snapshot, since the record was made.
+    #[serde(default)]
+    restores: u64,
 }
 
 impl Record {
@@ -186,6 +254,8 @@ impl Record {
             started_at_us: None,
             stopped_at_us: None,
             boots: 0,
+            snapshot: false,
+            restores: 0,
         }
     }
 
@@ -224,6 +294,18 @@ impl Record {
     }
     pub fn boots(&self) -> u64 {
         self.boots
+    }
+    /// Whether there is a committed snapshot to come back to.
+    pub fn has_snapshot(&self) -> bool {
+        self.snapshot
+    }
+    /// How often the guest went on from a snapshot.
+    pub fn restores(&self) -> u64 {
+        self.restores
+    }
+    /// Whether a restored guest's agent has yet to answer.
+    pub fn awaits_answer(&self) -> bool {
+        self.machine.is_some() && self.boot.proof == Proof::Awaited
     }
     /// Whether this run's agent has reported itself.
     pub fn agent_ready(&self) -> bool {
@@ -272,62 +354,122 @@ impl Record {
             Fact::GuestPoweredOff => next.enter(State::Shutdown, at),
             Fact::MachineGone { failure } => next.end_run(failure.as_deref(), at),
             Fact::OperationFailed { reason } => next.give_up(reason),
+            Fact::CpusPaused => next.enter(State::Paused, at),
+            Fact::SnapshotCommitted => {
+                next.snapshot = true;
+                next.failure = None;
+            }
+            Fact::StandbyAbandoned { reason } => next.abandon_standby(reason, at),
+            Fact::Resumed { process, agent } => next.wake(process, *agent, at),
+            Fact::AgentAnswered => {
+                next.boot.proof = Proof::Given(at.clone());
+                next.finish_boot();
+            }
+            Fact::MemoryLost { reason } => {
+                next.operation = None;
+                next.failure = Some(reason.clone());
+                next.forget_memory(at);
+            }
+            Fact::MemoryDiscarded => next.forget_memory(at),
         }
         Ok(next)
     }
 
     /// Exhaustive over (fact, state, operation): a new state, operation or fact forces a decision.
     fn allows(&self, fact: &Fact) -> bool {
-        use Operation::{Create, Delete, Start, Stop};
-        use State::{Created, Initializing, Paused, Running, Shutdown, Standby, Stopped};
+        use Operation::{Create, Delete, Restore, Standby, Start, Stop};
+        use State as S;
         match fact {
             Fact::Admitted(operation) => {
                 self.operation.is_none()
                     && match operation {
                         Create => false,
-                        Start => self.state == Stopped,
+                        Start => match self.state {
+                            S::Stopped | S::Standby => true,
+                            S::Created | S::Initializing | S::Running => false,
+                            S::Paused | S::Shutdown => false,
+                        },
                         Stop => self.state.has_machine(),
                         Delete => true,
+                        Standby => self.has_running_guest(),
+                        Restore => self.state == S::Standby && self.snapshot,
                     }
             }
             Fact::MachineSpawned(_) => {
                 self.machine.is_none()
                     && match self.operation {
-                        Some(Create) => self.state == Created,
-                        Some(Start) => self.state == Stopped,
-                        Some(Stop | Delete) | None => false,
+                        Some(Create) => self.state == S::Created,
+                        Some(Start) => self.state == S::Stopped,
+                        Some(Stop | Delete | Standby | Restore) | None => false,
                     }
             }
             Fact::CpusStarted { .. } => {
                 self.machine.is_some()
-                    && self.state == Created
+                    && self.state == S::Created
                     && match self.operation {
                         Some(Create | Start) => true,
-                        Some(Stop | Delete) | None => false,
+                        Some(Stop | Delete | Standby | Restore) | None => false,
                     }
             }
             Fact::ProgramStarted | Fact::AgentReady => match self.state {
-                Initializing | Running | Paused | Shutdown => true,
-                Created | Stopped | Standby => false,
+                S::Initializing | S::Running | S::Paused | S::Shutdown => true,
+                S::Created | S::Stopped | S::Standby => false,
             },
             // The last word of a run may be read after its machine is gone.
             Fact::ProgramExited(_) => match self.state {
-                Initializing | Running | Paused | Shutdown | Stopped => self.boots > 0,
-                Created | Standby => false,
+                S::Initializing | S::Running | S::Paused | S::Shutdown | S::Stopped => {
+                    self.boots > 0
+                }
+                S::Created | S::Standby => false,
             },
-            Fact::GuestPoweredOff => match self.state {
-                Initializing | Running | Paused => true,
-                Created | Shutdown | Stopped | Standby => false,
-            },
+            Fact::GuestPoweredOff => {
+                !self.is_committed_standby()
+                    && match self.state {
+                        S::Initializing | S::Running | S::Paused => true,
+                        S::Created | S::Shutdown | S::Stopped | S::Standby => false,
+                    }
+            }
             Fact::MachineGone { .. } => self.machine.is_some(),
             Fact::OperationFailed { .. } => match self.operation {
-                // Create and Start have undone the machine before they say so.
+                // They have undone the machine before they say so.
                 Some(Create | Start) => self.machine.is_none(),
+                Some(Restore) => self.snapshot,
                 Some(Stop) => true,
-                // Deleting is finished later, never given up.
-                Some(Delete) | None => false,
+                // Deleting is finished later, never given up; a standby says what became of the guest.
+                Some(Delete | Standby) | None => false,
+            },
+            Fact::CpusPaused => self.operation == Some(Standby) && self.has_running_guest(),
+            Fact::SnapshotCommitted => {
+                self.operation == Some(Standby) && self.state == S::Paused && !self.snapshot
+            }
+            Fact::StandbyAbandoned { .. } => {
+                self.operation == Some(Standby) && !self.snapshot && self.machine.is_some()
+            }
+            Fact::Resumed { .. } => self.operation == Some(Restore) && self.machine.is_none(),
+            Fact::AgentAnswered => self.awaits_answer(),
+            Fact::MemoryLost { .. } => match self.operation {
+                Some(Restore) => true,
+                Some(Create | Start | Stop | Delete | Standby) | None => false,
+            },
+            Fact::MemoryDiscarded => match self.operation {
+                Some(Start) => self.state == S::Standby,
+                Some(Create | Stop | Delete | Standby | Restore) | None => false,
             },
         }
+    }
+
+    /// The guest's CPUs run.
+    fn has_running_guest(&self) -> bool {
+        match self.state {
+            State::Initializing | State::Running => true,
+            State::Created | State::Paused | State::Shutdown => false,
+            State::Stopped | State::Standby => false,
+        }
+    }
+
+    /// Past the point of no return: the VMM that is still there has nothing left to do.
+    fn is_committed_standby(&self) -> bool {
+        self.operation == Some(Operation::Standby) && self.snapshot
     }
 
     fn enter(&mut self, state: State, at: &Stamp) {
@@ -354,15 +496,56 @@ impl Record {
 
     fn end_run(&mut self, failure: Option<&str>, at: &Stamp) {
         self.machine = None;
+        if self.is_committed_standby() {
+            self.operation = None;
+            self.enter(State::Standby, at);
+            return;
+        }
         if let Some(failure) = failure {
             self.failure = Some(failure.to_owned());
         }
         if self.state != State::Created {
             self.stopped_at_us = Some(at.wall_us);
         }
-        if self.operation == Some(Operation::Stop) {
-            self.operation = None;
+        self.operation = match self.operation {
+            Some(Operation::Stop | Operation::Standby) | None => None,
+            kept @ Some(Operation::Create | Operation::Start) => kept,
+            kept @ Some(Operation::Delete | Operation::Restore) => kept,
+        };
+        self.enter(State::Stopped, at);
+    }
+
+    fn abandon_standby(&mut self, reason: &str, at: &Stamp) {
+        self.operation = None;
+        self.failure = Some(reason.to_owned());
+        if self.state == State::Paused {
+            let phase = match self.boot.completed() {
+                Some(_) => State::Running,
+                None => State::Initializing,
+            };
+            self.enter(phase, at);
         }
+    }
+
+    /// The guest goes on where it was; what it had become then it still is.
+    fn wake(&mut self, process: &ProcessRef, agent: bool, at: &Stamp) {
+        self.machine = Some(process.clone());
+        self.operation = None;
+        self.failure = None;
+        self.snapshot = false;
+        self.restores += 1;
+        self.boot.proof = if agent {
+            Proof::Awaited
+        } else {
+            Proof::NotNeeded
+        };
+        self.enter(State::Initializing, at);
+        self.finish_boot();
+    }
+
+    fn forget_memory(&mut self, at: &Stamp) {
+        self.snapshot = false;
+        self.stopped_at_us = Some(at.wall_us);
         self.enter(State::Stopped, at);
     }
 
@@ -371,7 +554,8 @@ impl Record {
         // A create that failed leaves nothing: what it made is deleted, also after a crash.
         self.operation = match self.operation {
             Some(Operation::Create) => Some(Operation::Delete),
-            Some(Operation::Start | Operation::Stop | Operation::Delete) | None => None,
+            Some(Operation::Start | Operation::Stop | Operation::Delete) => None,
+            Some(Operation::Standby | Operation::Restore) | None => None,
         };
     }
 

@@ -19,7 +19,7 @@ fn facts() -> Vec<Fact> {
     };
     let mut all: Vec<Fact> = Operation::ALL.into_iter().map(Fact::Admitted).collect();
     all.extend([
-        Fact::MachineSpawned(process),
+        Fact::MachineSpawned(process.clone()),
         Fact::CpusStarted { agent: false },
         Fact::ProgramStarted,
         Fact::AgentReady,
@@ -30,6 +30,16 @@ fn facts() -> Vec<Fact> {
         Fact::GuestPoweredOff,
         Fact::MachineGone { failure: None },
         Fact::OperationFailed { reason: "r".into() },
+        Fact::CpusPaused,
+        Fact::SnapshotCommitted,
+        Fact::StandbyAbandoned { reason: "r".into() },
+        Fact::Resumed {
+            process: process.clone(),
+            agent: false,
+        },
+        Fact::AgentAnswered,
+        Fact::MemoryLost { reason: "r".into() },
+        Fact::MemoryDiscarded,
     ]);
     all
 }
@@ -41,20 +51,22 @@ fn name(fact: &Fact) -> String {
     }
 }
 
-type Key = (State, Option<Operation>, bool);
+type Key = (State, Option<Operation>, bool, bool);
 
 fn key(record: &Record) -> Key {
     (
         record.state(),
         record.operation(),
         record.machine().is_some(),
+        record.has_snapshot() && record.state() != State::Standby,
     )
 }
 
-fn place((state, operation, machine): Key) -> String {
+fn place((state, operation, machine, snapshot): Key) -> String {
     let operation = operation.map_or(String::new(), |o| format!(", {} in flight", o.as_str()));
     let machine = if machine { ", VMM" } else { "" };
-    format!("{state}{operation}{machine}")
+    let snapshot = if snapshot { ", snapshot committed" } else { "" };
+    format!("{state}{operation}{machine}{snapshot}")
 }
 
 /// Every transition that can be reached from a new instance.

@@ -41,6 +41,20 @@ fn facts() -> impl Strategy<Value = Fact> {
         Just(Fact::OperationFailed {
             reason: "no".into()
         }),
+        Just(Fact::CpusPaused),
+        Just(Fact::SnapshotCommitted),
+        Just(Fact::StandbyAbandoned {
+            reason: "no".into()
+        }),
+        any::<bool>().prop_map(|agent| Fact::Resumed {
+            process: process(),
+            agent
+        }),
+        Just(Fact::AgentAnswered),
+        Just(Fact::MemoryLost {
+            reason: "no".into()
+        }),
+        Just(Fact::MemoryDiscarded),
     ]
 }
 
@@ -159,6 +173,10 @@ proptest! {
             } else {
                 prop_assert!(record.state().has_machine(), "{} with a machine", record.state());
             }
+            prop_assert!(record.state() != State::Standby || record.has_snapshot());
+            if record.has_snapshot() && record.machine().is_some() {
+                prop_assert_eq!(record.operation(), Some(Operation::Standby));
+            }
             let text = serde_json::to_string(&record).unwrap();
             prop_assert_eq!(&serde_json::from_str::<Record>(&text).unwrap(), &record);
         }
@@ -175,7 +193,18 @@ proptest! {
             }
             for command in Command::ALL {
                 let operation = match command {
+                    // Both begin a start, each in its own state.
+                    Command::Start { discard_memory, .. }
+                        if discard_memory != (record.state() == State::Standby) =>
+                    {
+                        continue;
+                    }
                     Command::Start { .. } => Operation::Start,
+                    Command::Standby { options: true } if record.state() == State::Standby => {
+                        continue;
+                    }
+                    Command::Standby { .. } => Operation::Standby,
+                    Command::Restore => Operation::Restore,
                     Command::Stop => Operation::Stop,
                     Command::Delete { .. } => Operation::Delete,
                     Command::Exec => continue,
@@ -279,7 +308,190 @@ fn a_failed_start_leaves_it_stopped_with_the_reason() {
 fn a_record_of_a_newer_program_is_refused_with_both_versions() {
     let text = serde_json::to_string(&Record::stopped(stamp(0, 0, 0))).unwrap();
     let newer: Record =
-        serde_json::from_str(&text.replace("\"version\":1", "\"version\":99")).unwrap();
+        serde_json::from_str(&text.replace("\"version\":2", "\"version\":99")).unwrap();
     let error = newer.check_version().unwrap_err();
-    assert!(error.contains("99") && error.contains('1'), "{error}");
+    assert!(error.contains("99") && error.contains('2'), "{error}");
+}
+
+fn running_at(ms: u64) -> Vec<(Fact, u64)> {
+    vec![
+        (Fact::MachineSpawned(process()), 0),
+        (Fact::CpusStarted { agent: true }, 0),
+        (Fact::ProgramStarted, ms),
+        (Fact::AgentReady, ms),
+    ]
+}
+
+fn asleep() -> Vec<(Fact, u64)> {
+    let mut facts = running_at(100);
+    facts.extend([
+        (Fact::Admitted(Operation::Standby), 1_000),
+        (Fact::CpusPaused, 1_100),
+        (Fact::SnapshotCommitted, 1_150),
+        (Fact::MachineGone { failure: None }, 1_160),
+    ]);
+    facts
+}
+
+#[test]
+fn a_sleep_is_booked_from_pause_to_answer() {
+    let mut facts = asleep();
+    facts.extend([
+        (Fact::Admitted(Operation::Restore), 5_000),
+        (
+            Fact::Resumed {
+                process: process(),
+                agent: true,
+            },
+            5_200,
+        ),
+    ]);
+    let record = after(&facts);
+    assert_eq!(record.state(), State::Initializing);
+    assert!(record.awaits_answer() && !record.has_snapshot());
+    facts.push((Fact::AgentAnswered, 5_260));
+    let record = after(&facts);
+    assert_eq!((record.state(), record.restores()), (State::Running, 1));
+    let spent = record.ledger().durations_ms(&stamp(0, 6_260_000, 0));
+    assert_eq!(spent["initializing"], 100 + 60);
+    assert_eq!(spent["running"], 1_000 + 1_000);
+    assert_eq!(spent["paused"], 60);
+    assert_eq!(spent["standby"], 5_200 - 1_160);
+}
+
+#[test]
+fn a_standby_before_the_boot_finished_goes_on_initializing() {
+    let record = after(&[
+        (Fact::MachineSpawned(process()), 0),
+        (Fact::CpusStarted { agent: true }, 0),
+        (Fact::Admitted(Operation::Standby), 10),
+        (Fact::CpusPaused, 20),
+        (Fact::SnapshotCommitted, 30),
+        (Fact::MachineGone { failure: None }, 40),
+        (Fact::Admitted(Operation::Restore), 1_000),
+        (
+            Fact::Resumed {
+                process: process(),
+                agent: true,
+            },
+            1_100,
+        ),
+        (Fact::AgentAnswered, 1_200),
+    ]);
+    assert_eq!(record.state(), State::Initializing);
+    let record = [Fact::ProgramStarted, Fact::AgentReady]
+        .iter()
+        // Its own account says a moment before it slept.
+        .fold(record, |r, f| r.apply(f, &stamp(0, 15_000, 0)).unwrap());
+    assert_eq!(record.state(), State::Running);
+    let spent = record.ledger().durations_ms(&stamp(0, 1_300_000, 0));
+    assert_eq!((spent["initializing"], spent["running"]), (20 + 100, 100));
+}
+
+#[test]
+fn without_an_agent_it_runs_at_the_resume_acknowledgement() {
+    let mut facts = asleep();
+    facts.extend([
+        (Fact::Admitted(Operation::Restore), 5_000),
+        (
+            Fact::Resumed {
+                process: process(),
+                agent: false,
+            },
+            5_200,
+        ),
+    ]);
+    assert_eq!(after(&facts).state(), State::Running);
+}
+
+#[test]
+fn an_abandoned_standby_leaves_the_guest_as_it_was_with_the_reason() {
+    let abandon = |extra: &[(Fact, u64)]| {
+        let mut facts = running_at(100);
+        facts.push((Fact::Admitted(Operation::Standby), 1_000));
+        facts.extend_from_slice(extra);
+        facts.push((
+            Fact::StandbyAbandoned {
+                reason: "disk full".into(),
+            },
+            1_300,
+        ));
+        after(&facts)
+    };
+    for record in [abandon(&[]), abandon(&[(Fact::CpusPaused, 1_100)])] {
+        assert_eq!((record.state(), record.operation()), (State::Running, None));
+        assert_eq!(record.failure(), Some("disk full"));
+        assert!(!record.has_snapshot());
+    }
+}
+
+#[test]
+fn a_committed_snapshot_outlives_a_failed_restore_and_is_given_up_only_on_request() {
+    let mut facts = asleep();
+    facts.extend([
+        (Fact::Admitted(Operation::Restore), 5_000),
+        (
+            Fact::OperationFailed {
+                reason: "state is altered".into(),
+            },
+            5_100,
+        ),
+    ]);
+    let record = after(&facts);
+    assert_eq!(
+        (record.state(), record.operation(), record.has_snapshot()),
+        (State::Standby, None, true)
+    );
+    assert_eq!(record.failure(), Some("state is altered"));
+    facts.extend([
+        (Fact::Admitted(Operation::Start), 6_000),
+        (Fact::MemoryDiscarded, 6_010),
+    ]);
+    let record = after(&facts);
+    assert_eq!(record.state(), State::Stopped);
+    assert_eq!(record.operation(), Some(Operation::Start));
+    assert!(!record.has_snapshot());
+}
+
+#[test]
+fn a_vmm_that_dies_in_a_standby_is_asleep_after_the_commit_and_stopped_before() {
+    let dying = |committed: bool| {
+        let mut facts = running_at(100);
+        facts.push((Fact::Admitted(Operation::Standby), 1_000));
+        facts.push((Fact::CpusPaused, 1_100));
+        if committed {
+            facts.push((Fact::SnapshotCommitted, 1_150));
+        }
+        facts.push((
+            Fact::MachineGone {
+                failure: Some("died".into()),
+            },
+            1_200,
+        ));
+        after(&facts)
+    };
+    let before = dying(false);
+    assert_eq!((before.state(), before.operation()), (State::Stopped, None));
+    let after = dying(true);
+    assert_eq!((after.state(), after.operation()), (State::Standby, None));
+    assert_eq!(after.failure(), None);
+}
+
+#[test]
+fn a_record_of_the_first_version_still_loads() {
+    let mut value = serde_json::to_value(after(&running_at(100))).unwrap();
+    let fields = value.as_object_mut().unwrap();
+    fields.insert("version".into(), 1.into());
+    for newer in ["snapshot", "restores"] {
+        fields.remove(newer).unwrap();
+    }
+    fields["boot"]
+        .as_object_mut()
+        .unwrap()
+        .remove("proof")
+        .unwrap();
+    let record: Record = serde_json::from_value(value).unwrap();
+    record.check_version().unwrap();
+    assert_eq!(record.state(), State::Running);
+    assert!(!record.has_snapshot() && !record.awaits_answer());
 }

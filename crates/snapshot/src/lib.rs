@@ -30,6 +30,7 @@
 //! 512 KiB), and larger ones cost memory, cancel latency and the time for one page when the artefact is
 //! once served lazily. The measurements are in docs/performance.md.
 pub mod format;
+pub mod manifest;
 
 mod artefact;
 mod cancel;

@@ -1,7 +1,7 @@
 //! The configuration as the engine wants it.
 use std::net::Ipv4Addr;
 
-use doze_engine::{EngineConfig, KillSwitch, Limits};
+use doze_engine::{EngineConfig, KillSwitch, Limits, StandbyConfig};
 use doze_host::net::NetworkConfig;
 use doze_vmm::{boot::KernelSource, qemu::QemuConfig};
 
@@ -45,7 +45,12 @@ impl Config {
                 stop_grace: limits.stop_grace,
                 boot_timeout: limits.boot_timeout,
                 max_log_bytes: limits.max_log_bytes,
+                max_concurrent_restores: limits.max_concurrent_restores,
             },
+            standby: StandbyConfig {
+                exec_sessions: self.standby.exec_sessions,
+            },
+            memory: self.memory.backing,
             // Checked when the configuration was read.
             kill: KillSwitch::from_env(self.kill_at.clone()).unwrap_or_default(),
         }

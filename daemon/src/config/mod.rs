@@ -17,9 +17,9 @@ use std::{
     time::Duration,
 };
 
-use doze_engine::KillSwitch;
+use doze_engine::{ExecPolicy, KillSwitch};
 use doze_host::net::Subnet;
-use doze_vmm::{Accel, Hypervisor};
+use doze_vmm::{Accel, Hypervisor, MemoryBacking};
 
 mod engine;
 mod reader;
@@ -45,6 +45,8 @@ pub struct Config {
     pub network: Network,
     pub images: Images,
     pub limits: Limits,
+    pub standby: Standby,
+    pub memory: Memory,
     pub log: Log,
     /// `DOZE_KILL_AT`, for crash tests: where this process is to die. Not a key of the file.
     pub(crate) kill_at: Option<String>,
@@ -128,6 +130,19 @@ pub struct Limits {
     pub stop_grace: Duration,
     pub boot_timeout: Duration,
     pub max_log_bytes: u64,
+    pub max_concurrent_restores: usize,
+}
+
+/// How instances fall asleep.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Standby {
+    pub exec_sessions: ExecPolicy,
+}
+
+/// Where guest memory lives.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Memory {
+    pub backing: MemoryBacking,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -6,11 +6,13 @@ use std::{
 };
 
 use doze_host::net::Subnet;
-use doze_vmm::{Accel, Hypervisor};
+use doze_engine::ExecPolicy;
+use doze_vmm::{Accel, Hypervisor, MemoryBacking};
 use tracing_subscriber::EnvFilter;
 
 use super::{
-    Auth, Config, HypervisorConfig, Images, Kernel, Limits, Log, LogFormat, Network, Secret,
+    Auth, Config, HypervisorConfig, Images, Kernel, Limits, Log, LogFormat, Memory, Network, Secret,
+    Standby,
     reader::Reader,
     value::{Read, Value},
 };
@@ -38,6 +40,16 @@ pub(super) fn read(reader: &mut Reader) -> Config {
             max_import_bytes: reader.or("images.max_import_bytes", 16 * GB, Value::size),
         },
         limits: limits(reader),
+        standby: Standby {
+            exec_sessions: reader.or("standby.exec_sessions", ExecPolicy::End, |value| {
+                value.choice(&[("end", ExecPolicy::End), ("refuse", ExecPolicy::Refuse)])
+            }),
+        },
+        memory: Memory {
+            backing: reader.or("memory.backing", MemoryBacking::Shared, |value| {
+                value.choice(&[("shared", MemoryBacking::Shared)])
+            }),
+        },
         log: Log {
             format: reader.or("log.format", LogFormat::Text, |value| {
                 value.choice(&[("text", LogFormat::Text), ("json", LogFormat::Json)])
@@ -148,6 +160,7 @@ fn limits(reader: &mut Reader) -> Limits {
             Value::duration,
         ),
         max_log_bytes: reader.or("limits.max_log_bytes", 32 * MB, whole_mebibytes),
+        max_concurrent_restores: reader.or("limits.max_concurrent_restores", 16, Value::count),
     }
 }
 

@@ -6,6 +6,9 @@ use doze_engine::{InstanceView, WaitOutcome};
 use doze_lifecycle::{Stamp, State};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
+/// Why a restored instance is Initializing.
+const UNANSWERED: &str = "the guest runs again, but its agent has not answered yet";
+
 /// One consistent answer: state, phase and durations come from the same record and moment.
 pub(crate) fn instance(view: &InstanceView, now: &Stamp) -> Instance {
     let spec = &view.spec;
@@ -20,7 +23,10 @@ pub(crate) fn instance(view: &InstanceView, now: &Stamp) -> Instance {
             None => state(view.state()),
         },
         state_error: view.unknown.clone(),
-        failure: record.failure().map(str::to_owned),
+        failure: record
+            .failure()
+            .or_else(|| record.awaits_answer().then_some(UNANSWERED))
+            .map(str::to_owned),
         created_at: timestamp(view.created_at_us),
         started_at: record.started_at_us().map(timestamp),
         stopped_at: record.stopped_at_us().map(timestamp),
@@ -33,7 +39,7 @@ pub(crate) fn instance(view: &InstanceView, now: &Stamp) -> Instance {
             .into_iter()
             .map(|(phase, ms)| (phase.to_owned(), ms))
             .collect(),
-        has_snapshot: false,
+        has_snapshot: record.has_snapshot(),
         exit_code: exit.map(|exit| exit.code),
         exit_message: exit
             .map(|exit| exit.message.clone())

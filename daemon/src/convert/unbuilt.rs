@@ -1,7 +1,7 @@
 //! Fields of the contract whose effect is not built yet. Each is refused with 501 naming it, unless
 //! it holds the value that means "no effect": a silently ignored policy is worse than an error.
 use doze_api::{
-    CreateInstanceRequest, CreateNetwork,
+    CreateInstanceRequest, CreateNetwork, StandbyInstanceRequest,
     policy::{
         AutoStandbyPolicy, HealthCheck, HealthCheckType, RestartMode, RestartPolicy, SnapshotPolicy,
     },
@@ -130,6 +130,16 @@ fn snapshot_policy(policy: &SnapshotPolicy) -> Checked<()> {
         "snapshot_policy.standby_compression_delay",
         policy.standby_compression_delay.as_deref(),
     )
+}
+
+/// The body of a standby. Nothing of it has an effect yet, so it must not ask for one.
+pub(crate) fn standby(request: &StandbyInstanceRequest) -> Checked<()> {
+    if let Some(text) = &request.compression_delay {
+        // Without effective compression a delay is accepted and ignored.
+        fields::duration("compression_delay", text)?;
+    }
+    let compresses = request.compression.as_ref().is_some_and(|c| c.enabled);
+    empty("compression", !compresses)
 }
 
 fn health_check(check: &HealthCheck) -> Checked<()> {

@@ -8,7 +8,8 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use doze_api::{
-    CreateInstanceRequest, Instance, InstanceState, StartInstanceRequest, WaitForStateResponse,
+    CreateInstanceRequest, Instance, InstanceState, StandbyInstanceRequest,
+    StartInstanceRequest, WaitForStateResponse,
 };
 
 use super::{
@@ -143,8 +144,12 @@ pub(super) async fn start(
     OptionalJsonBody(request): OptionalJsonBody<StartInstanceRequest>,
 ) -> Result<Json<Instance>, ApiError> {
     query.finish("none")?;
+    let discard_memory = request.discard_memory;
     let overrides = convert::create::start(request)?;
-    let view = state.engine().start(&id, overrides).await?;
+    let view = state
+        .engine()
+        .start(&id, overrides, discard_memory)
+        .await?;
     Ok(Json(convert::instance::instance(
         &view,
         &doze_engine::now(),
@@ -167,6 +172,52 @@ pub(super) async fn stop(
 ) -> Result<Json<Instance>, ApiError> {
     query.finish("none")?;
     let view = state.engine().stop(&id).await?;
+    Ok(Json(convert::instance::instance(
+        &view,
+        &doze_engine::now(),
+    )))
+}
+
+/// Put an instance to sleep
+#[utoipa::path(post, path = "/instances/{id}/standby", tag = "instances", operation_id = "standbyInstance",
+    params(("id" = String, Path, description = "Id, name, or unique prefix of an id")),
+    request_body(content = Option<StandbyInstanceRequest>, description = "How the memory is kept"),
+    responses(
+        (status = 200, description = "Its memory is durable and its machine monitor gone", body = Instance),
+        (status = 404, description = "There is none", body = doze_api::ErrorBody),
+        (status = 409, description = "Not in this state, interrupted, or no room on the disk", body = doze_api::ErrorBody),
+    ))]
+pub(super) async fn standby(
+    State(state): State<AppState>,
+    Segment(id): Segment,
+    query: QueryReader,
+    OptionalJsonBody(request): OptionalJsonBody<StandbyInstanceRequest>,
+) -> Result<Json<Instance>, ApiError> {
+    query.finish("none")?;
+    convert::unbuilt::standby(&request)?;
+    let view = state.engine().standby(&id).await?;
+    Ok(Json(convert::instance::instance(
+        &view,
+        &doze_engine::now(),
+    )))
+}
+
+/// Wake a sleeping instance
+#[utoipa::path(post, path = "/instances/{id}/restore", tag = "instances", operation_id = "restoreInstance",
+    params(("id" = String, Path, description = "Id, name, or unique prefix of an id")),
+    responses(
+        (status = 200, description = "It goes on where it was: Running once its agent answered", body = Instance),
+        (status = 404, description = "There is none", body = doze_api::ErrorBody),
+        (status = 409, description = "Not in this state, no room, or a snapshot that cannot be used", body = doze_api::ErrorBody),
+    ))]
+pub(super) async fn restore(
+    State(state): State<AppState>,
+    Segment(id): Segment,
+    query: QueryReader,
+    OptionalJsonBody(Nothing {}): OptionalJsonBody<Nothing>,
+) -> Result<Json<Instance>, ApiError> {
+    query.finish("none")?;
+    let view = state.engine().restore(&id).await?;
     Ok(Json(convert::instance::instance(
         &view,
         &doze_engine::now(),

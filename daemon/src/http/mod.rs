@@ -109,6 +109,8 @@ fn served() -> OpenApiRouter<AppState> {
         .routes(routes!(instances::get, instances::delete))
         .routes(routes!(instances::start))
         .routes(routes!(instances::stop))
+        .routes(routes!(instances::standby))
+        .routes(routes!(instances::restore))
         .routes(routes!(instances::wait))
         .routes(routes!(logs::logs))
         .routes(routes!(exec::exec))

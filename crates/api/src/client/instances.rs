@@ -5,7 +5,8 @@ use reqwest::Method;
 
 use super::{Client, ClientError};
 use crate::{
-    CreateInstanceRequest, Instance, InstanceState, StartInstanceRequest, WaitForStateResponse,
+    CreateInstanceRequest, Instance, InstanceState, StandbyInstanceRequest,
+    StartInstanceRequest, WaitForStateResponse,
 };
 
 /// Which instances to list; all conditions must hold.
@@ -86,6 +87,25 @@ impl Client {
     /// `POST /instances/{id}/stop`.
     pub async fn stop_instance(&self, id: &str) -> Result<Instance, ClientError> {
         self.json(self.request(Method::POST, &["instances", id, "stop"])?)
+            .await
+    }
+
+    /// `POST /instances/{id}/standby`.
+    pub async fn standby_instance(
+        &self,
+        id: &str,
+        request: &StandbyInstanceRequest,
+    ) -> Result<Instance, ClientError> {
+        self.json(
+            self.request(Method::POST, &["instances", id, "standby"])?
+                .json(request),
+        )
+        .await
+    }
+
+    /// `POST /instances/{id}/restore`.
+    pub async fn restore_instance(&self, id: &str) -> Result<Instance, ClientError> {
+        self.json(self.request(Method::POST, &["instances", id, "restore"])?)
             .await
     }
 

@@ -8,14 +8,16 @@ use doze_agent::config::{self, GuestConfig, GuestNetwork};
 use doze_host::{files, net::TapConfig};
 use doze_image::ImageConfig;
 use doze_lifecycle::Fact;
-use doze_vmm::{Disk, MachineDescription, MemoryBacking, MemoryImage, Nic, qemu};
+use doze_snapshot::manifest;
+use doze_vmm::{Disk, MachineDescription, MemoryImage, Nic, qemu};
 
-use super::{Cancel, check};
+use super::{Cancel, check, standby::manifest_error};
 use crate::{
     EngineError, InstanceSpec,
     context::{blocking, io_error, net_error},
     instance::{
-        APP_LOG, CONFIG, Instance, Live, MEMORY, OVERLAY, RUN_DIR, VMM_LOG, process_ref, vmm_error,
+        APP_LOG, CONFIG, Instance, Live, MEMORY, OVERLAY, RUN_DIR, SNAPSHOT, VMM_LOG, process_ref,
+        vmm_error,
     },
     kill::KillPoint,
 };
@@ -64,7 +66,7 @@ async fn boot(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineErro
     Ok(())
 }
 
-async fn make_tap(instance: &Instance) -> Result<(), EngineError> {
+pub async fn make_tap(instance: &Instance) -> Result<(), EngineError> {
     let Some(claim) = &instance.claim else {
         return Ok(());
     };
@@ -92,16 +94,27 @@ pub fn tap_config(instance: &Instance, claim: &crate::NetworkClaim) -> TapConfig
     }
 }
 
-/// Memory and sockets of an earlier run are worthless and in the way.
+/// Memory, snapshot and sockets of an earlier run are worthless and in the way.
 async fn reset_run_files(instance: &Instance) -> Result<(), EngineError> {
-    let (memory, run) = (instance.dir().join(MEMORY), instance.dir().join(RUN_DIR));
+    remove_memory(instance).await?;
+    let run = instance.dir().join(RUN_DIR);
     blocking("clearing the last run", move || {
-        files::remove_tree(&memory)?;
         files::remove_tree(&run)?;
         files::create_private_dir(&run)
     })
     .await?
     .map_err(io_error("clearing what the last run left"))
+}
+
+/// What only a guest that runs or sleeps needs.
+pub async fn remove_memory(instance: &Instance) -> Result<(), EngineError> {
+    let dir = instance.dir();
+    blocking("removing memory", move || {
+        // The mark goes first: there must never be one without its memory.
+        manifest::remove(&dir.join(SNAPSHOT)).map_err(manifest_error)?;
+        files::remove_tree(&dir.join(MEMORY)).map_err(io_error("removing memory"))
+    })
+    .await?
 }
 
 async fn describe(instance: &Instance) -> Result<MachineDescription, EngineError> {
@@ -139,7 +152,7 @@ async fn describe(instance: &Instance) -> Result<MachineDescription, EngineError
         memory_bytes: spec.memory_bytes,
         memory: MemoryImage {
             path: dir.join(MEMORY),
-            backing: MemoryBacking::Shared,
+            backing: instance.ctx.config.memory,
         },
         kernel: boot.kernel,
         initramfs: boot.initramfs,

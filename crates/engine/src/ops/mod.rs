@@ -3,6 +3,8 @@
 pub mod create;
 pub mod delete;
 pub mod launch;
+pub mod restore;
+pub mod standby;
 pub mod start;
 pub mod stop;
 
@@ -17,7 +19,7 @@ pub type Cancel = CancellationToken;
 pub fn check(cancel: &Cancel) -> Result<(), EngineError> {
     if cancel.is_cancelled() {
         return Err(EngineError::Interrupted {
-            by: "a stop or delete that arrived meanwhile",
+            by: "a command that arrived meanwhile",
         });
     }
     Ok(())

@@ -1,11 +1,12 @@
 //! Start: a stopped instance boots again from its disks. Stopped again when it fails.
 use std::sync::Arc;
 
-use doze_lifecycle::{Fact, Operation};
+use doze_lifecycle::{Fact, Operation, State};
 
 use super::{Cancel, check, launch};
 use crate::{EngineError, StartOverrides, instance::Instance, kill::KillPoint};
 
+/// A sleeping instance gives its memory up first, as its caller wished (`discard_memory`).
 pub async fn run(
     instance: &mut Instance,
     cancel: &Cancel,
@@ -19,6 +20,11 @@ pub async fn run(
         return Err(error);
     }
     instance.reach(KillPoint::StartAdmitted);
+    if instance.record.state() == State::Standby {
+        instance.note("its memory is given up for a boot from its disk");
+        instance.commit(Fact::MemoryDiscarded).await?;
+        instance.reach(KillPoint::StartMemoryDiscarded);
+    }
     let outcome = boot(instance, cancel).await;
     if let Err(error) = &outcome {
         instance.ctx.release_memory(&instance.id);

@@ -1,0 +1,227 @@
+//! Restore: a sleeping guest goes on where it was.
+//!
+//! ```text
+//!   admitted ─> turn ─> verified ─> VMM waits ─> channel up ─> loaded ─> mark consumed ─> CPUs run ─> recorded ─> answered
+//!      └────────── a failure: the VMM goes, the snapshot stays as it was ──────────┘└── only forward ──┘
+//! ```
+//! Consuming the mark just before the guest's first instruction is the commit point: memory and disks
+//! change from there on, and the device state fits neither. At most three store commits: admitted, resumed,
+//! answered.
+use std::{path::Path, time::Duration};
+
+use doze_host::files;
+use doze_lifecycle::{Fact, Operation};
+use doze_snapshot::manifest::{self, Manifest, MemoryCodec};
+use doze_vmm::{MachineDescription, MachineStatus};
+
+use super::{Cancel, check, launch, standby::manifest_error};
+use crate::{
+    EngineError,
+    context::{blocking, io_error},
+    instance::{Instance, Live, RUN_DIR, SNAPSHOT, process_ref, vmm_error},
+    kill::KillPoint,
+    proof::Proof,
+};
+
+/// For the control channel's socket to be connected after the VMM made it.
+const LINK_PATIENCE: Duration = Duration::from_secs(20);
+/// How long the caller waits for the guest's answer. A slower guest stays Initializing and is asked on.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(15);
+
+/// From Standby to Running (Initializing while the guest has not answered). On error the instance
+/// sleeps on, unless its guest had begun to run.
+pub async fn run(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineError> {
+    instance.commit(Fact::Admitted(Operation::Restore)).await?;
+    instance.reach(KillPoint::RestoreAdmitted);
+    if let Err(error) = wake(instance, cancel).await {
+        instance.note(&format!("restore failed: {error}"));
+        undo(instance, &error.to_string()).await?;
+        return Err(error);
+    }
+    prove(instance, cancel).await
+}
+
+/// On success the CPUs run and the record says so. On error they never ran, or the record could
+/// not be told; [`undo`] finds out which.
+async fn wake(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineError> {
+    let ctx = instance.ctx.clone();
+    let _turn = tokio::select! {
+        turn = ctx.restore_turn() => turn?,
+        () = cancel.cancelled() => return check(cancel),
+    };
+    let place = instance.dir().join(SNAPSHOT);
+    let manifest = verify(instance, &place).await?;
+    let description = manifest.machine;
+    ctx.reserve_memory(&instance.id, description.memory_bytes)?;
+    let monitor = ctx.monitor(description.hypervisor)?.clone();
+    monitor
+        .check_loads(&description, &manifest.monitor_version)
+        .await
+        .map_err(vmm_error)?;
+    instance.reach(KillPoint::RestoreVerified);
+    check(cancel)?;
+
+    launch::make_tap(instance).await?;
+    reset_run_dir(instance).await?;
+    crate::logs::mark_run(&description.vmm_log, instance.record.boots())
+        .map_err(io_error("writing the VMM log"))?;
+    let machine = monitor
+        .spawn_to_load(&description)
+        .await
+        .map_err(vmm_error)?;
+    instance.reach(KillPoint::RestoreSpawned);
+    instance.description = Some(description);
+    let live = Live::new(machine, false);
+    let (machine, agent) = (live.machine.clone(), live.agent.clone());
+    // From here on `kill_machine` finds it.
+    instance.live = Some(live);
+    // What the guest had written when it fell asleep must have somewhere to go while it is loaded.
+    agent.linked(LINK_PATIENCE).await?;
+    machine.load(&place).await.map_err(vmm_error)?;
+    instance.reach(KillPoint::RestoreLoaded);
+    // The last moment to change one's mind.
+    check(cancel)?;
+    blocking("consuming the snapshot", move || manifest::consume(&place))
+        .await?
+        .map_err(manifest_error)?;
+    instance.reach(KillPoint::RestoreConsumed);
+    machine.resume().await.map_err(vmm_error)?;
+    instance.reach(KillPoint::RestoreResumed);
+    record_resumed(instance).await
+}
+
+/// Its CPUs run. Recorded with the process, so that a later server finds it.
+pub async fn record_resumed(instance: &mut Instance) -> Result<(), EngineError> {
+    let Some(live) = instance.live.as_mut() else {
+        return Err(EngineError::Internal {
+            context: "restore".into(),
+            reason: "its machine is out of reach".into(),
+        });
+    };
+    live.proof = Some(Proof::ask(live.agent.clone(), instance.id.clone()));
+    let fact = Fact::Resumed {
+        process: process_ref(live.machine.process()),
+        agent: !instance.spec.skip_guest_agent,
+    };
+    instance.commit(fact).await?;
+    instance.reach(KillPoint::RestoreRecorded);
+    Ok(())
+}
+
+/// Waits for the guest's answer and books it. A guest that takes longer goes on as Initializing, with
+/// the reason shown, until it answers.
+async fn prove(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineError> {
+    if let Some(live) = instance.live.as_mut()
+        && instance.record.awaits_answer()
+        && let Some(proof) = live.proof.as_mut()
+    {
+        let mut status = live.status.clone();
+        let answered = proof.answer.wait_for(Option::is_some);
+        let ended = status.wait_for(|status| super::stop::is_off(*status));
+        tokio::select! {
+            answered = tokio::time::timeout(ANSWER_PATIENCE, answered) => {
+                if answered.is_err() {
+                    instance.note("restored, but its agent has not answered yet");
+                }
+            }
+            // Booked by whoever observes the machine.
+            _ = ended => {}
+            () = cancel.cancelled() => {}
+        }
+    }
+    crate::observe::book_answer(instance).await?;
+    instance.reach(KillPoint::RestoreAnswered);
+    let consumed = manifest::consumed_of(&instance.dir().join(SNAPSHOT));
+    // Worthless since the guest ran; what cannot be removed now goes with the next standby or stop.
+    if let Err(error) = blocking("", move || std::fs::remove_dir_all(consumed)).await? {
+        instance.note(&format!("removing the consumed snapshot: {error}"));
+    }
+    Ok(())
+}
+
+/// Takes a restore back as far as the guest's CPUs have not run, and otherwise records what became of it.
+/// Also finishes what a crash interrupted.
+pub async fn undo(instance: &mut Instance, reason: &str) -> Result<(), EngineError> {
+    if instance.record.operation() != Some(Operation::Restore) {
+        return Ok(());
+    }
+    let place = instance.dir().join(SNAPSHOT);
+    let probe = place.clone();
+    let marked = blocking("looking for the snapshot", move || manifest::exists(&probe))
+        .await?
+        .map_err(manifest_error)?;
+    let status = match &instance.live {
+        Some(live) => live.machine.status().await.map_err(vmm_error)?,
+        None => MachineStatus::Gone,
+    };
+    match (marked, status) {
+        // The mark goes before the CPUs run: with it, they never did.
+        (true, _) => instance.kill_machine().await?,
+        (false, MachineStatus::Paused | MachineStatus::Prelaunch) => {
+            instance.kill_machine().await?;
+            blocking("giving the snapshot its mark back", move || {
+                manifest::reinstate(&place)
+            })
+            .await?
+            .map_err(manifest_error)?;
+        }
+        (false, MachineStatus::Running | MachineStatus::Shutdown | MachineStatus::Failed) => {
+            instance.note("the guest runs although the restore did not say so");
+            return record_resumed(instance).await;
+        }
+        (false, MachineStatus::Gone) => {
+            instance.kill_machine().await?;
+            instance.reach(KillPoint::RestoreUndone);
+            let reason = format!(
+                "the guest's memory is lost: its machine ended after the snapshot was consumed ({reason})"
+            );
+            return instance.commit(Fact::MemoryLost { reason }).await;
+        }
+    }
+    instance.reach(KillPoint::RestoreUndone);
+    let reason = format!("the last restore failed: {reason}");
+    instance.commit(Fact::OperationFailed { reason }).await
+}
+
+/// All that a restore relies on, before anything is touched.
+async fn verify(
+    instance: &Instance,
+    place: &Path,
+) -> Result<Manifest<MachineDescription>, EngineError> {
+    let place = place.to_owned();
+    let id = instance.id.clone();
+    blocking("verifying the snapshot", move || {
+        let manifest: Manifest<MachineDescription> =
+            manifest::read(&place).map_err(manifest_error)?;
+        let machine = &manifest.machine;
+        let refuse = |reason: String| Err(EngineError::Snapshot { reason });
+        if machine.id != id {
+            return refuse(format!("it is of instance {}, not {id}", machine.id));
+        }
+        match manifest.memory.codec {
+            MemoryCodec::Raw => {}
+        }
+        if let Err(error) = machine.memory.check_size(manifest.memory.size) {
+            return refuse(error.to_string());
+        }
+        let boot = [("kernel", &machine.kernel), ("initramfs", &machine.initramfs)];
+        let disks = machine.disks.iter().map(|disk| ("disk", &disk.path));
+        for (what, path) in boot.into_iter().chain(disks) {
+            if let Err(error) = std::fs::metadata(path) {
+                return refuse(format!("its {what} {}: {error}", path.display()));
+            }
+        }
+        Ok(manifest)
+    })
+    .await?
+}
+
+async fn reset_run_dir(instance: &Instance) -> Result<(), EngineError> {
+    let run = instance.dir().join(RUN_DIR);
+    blocking("clearing the last run", move || {
+        files::remove_tree(&run)?;
+        files::create_private_dir(&run)
+    })
+    .await?
+    .map_err(io_error("clearing what the last run left"))
+}

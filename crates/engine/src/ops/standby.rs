@@ -1,0 +1,322 @@
+//! Standby: the guest's memory becomes a file nobody has to hold, and its VMM goes.
+//!
+//! ```text
+//!   admitted ─> flush (guest runs) ─> pause ─> save ─> fsync ─> manifest ─> mark ─> committed ─> VMM gone ─> Standby
+//!      └──────────── a failure, a stop, a restore, a delete: the guest goes on ──┘ └── only forward ──┘
+//! ```
+//! The mark (`doze_snapshot::manifest::publish`) is the commit point: whoever finds it finishes the
+//! standby, whoever does not lets the guest go on. At most four store commits: admitted, paused,
+//! committed, asleep.
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+};
+
+use doze_host::files;
+use doze_lifecycle::{Command, Fact, Operation, Refusal, Stamp, State};
+use doze_snapshot::manifest::{self, FileEntry, MANIFEST_VERSION, Manifest, Memory, MemoryCodec};
+use doze_vmm::{MachineDescription, MachineStatus, SavedFile};
+
+use super::{Cancel, check};
+use crate::{
+    EngineError, ExecPolicy,
+    context::{blocking, io_error},
+    instance::{Instance, SNAPSHOT, vmm_error},
+    kill::KillPoint,
+    now,
+};
+
+/// What device state, manifest and the file system's own bookkeeping may need.
+const ROOM: u64 = 16 << 20;
+
+/// From Initializing or Running to Standby. On error the guest goes on, unless its machine died.
+pub async fn run(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineError> {
+    check_sessions(instance)?;
+    instance.commit(Fact::Admitted(Operation::Standby)).await?;
+    instance.reach(KillPoint::StandbyAdmitted);
+    match make_snapshot(instance, cancel).await {
+        Ok(()) => finish(instance).await,
+        Err(error) => {
+            instance.note(&format!("standby given up: {error}"));
+            undo(instance, &error.to_string()).await?;
+            Err(error)
+        }
+    }
+}
+
+/// Sessions do not survive: their ends on the host belong to this machine.
+fn check_sessions(instance: &Instance) -> Result<(), EngineError> {
+    let open = instance
+        .live
+        .as_ref()
+        .map_or(0, |live| live.agent.open_sessions());
+    match instance.ctx.config.standby.exec_sessions {
+        ExecPolicy::Refuse if open > 0 => Err(EngineError::InvalidState {
+            state: instance.record.state(),
+            refusal: Refusal {
+                command: Command::Standby { options: false },
+                state: instance.record.state(),
+                operation: None,
+                advice: "it has open exec sessions; end them first, or set [standby] exec_sessions = \"end\"",
+            },
+        }),
+        ExecPolicy::Refuse | ExecPolicy::End => Ok(()),
+    }
+}
+
+async fn make_snapshot(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineError> {
+    let (Some(live), Some(description)) = (&instance.live, instance.description.clone()) else {
+        return Err(EngineError::Internal {
+            context: "standby".into(),
+            reason: "its machine is out of reach; stop it, or restart the server".into(),
+        });
+    };
+    let machine = live.machine.clone();
+    let place = instance.dir().join(SNAPSHOT);
+    let monitor = instance.ctx.monitor(description.hypervisor)?.clone();
+    let version = monitor.probe().await.version.unwrap_or_default();
+    let _room = instance.ctx.reserve_disk(&instance.dir(), ROOM)?;
+    prepare_stage(&place).await?;
+    flush(&description, cancel).await?;
+    instance.reach(KillPoint::StandbyFlushed);
+    check(cancel)?;
+
+    machine.pause().await.map_err(vmm_error)?;
+    let paused_at = now();
+    instance.reach(KillPoint::StandbyPaused);
+    let stage = manifest::stage_of(&place);
+    let (recorded, saved) = tokio::join!(
+        instance.commit_at(Fact::CpusPaused, &paused_at),
+        machine.save(&stage)
+    );
+    recorded?;
+    let saved = saved.map_err(vmm_error)?;
+    instance.reach(KillPoint::StandbySaved);
+    still_wanted(cancel)?;
+
+    let manifest = describe(version, &description, saved);
+    seal(&place, &description, manifest).await?;
+    instance.reach(KillPoint::StandbySealed);
+    // The last moment to change one's mind.
+    check(cancel)?;
+    mark(&place).await?;
+    instance.reach(KillPoint::StandbyMarked);
+    if let Err(error) = instance.commit(Fact::SnapshotCommitted).await {
+        // Nobody was told, and the guest has not run since: it goes on, but not with the mark there.
+        unmark(&place).await?;
+        return Err(error);
+    }
+    instance.reach(KillPoint::StandbyCommitted);
+    Ok(())
+}
+
+/// Between pause and commit: the place to look a second time whether the guest may sleep. A
+/// paused guest simply goes on when it may not.
+fn still_wanted(cancel: &Cancel) -> Result<(), EngineError> {
+    check(cancel)
+}
+
+/// The snapshot is committed: its VMM goes, also when a crash came in between.
+pub async fn finish(instance: &mut Instance) -> Result<(), EngineError> {
+    instance
+        .end_machine(KillPoint::StandbyMachineKilled, None)
+        .await?;
+    instance.reach(KillPoint::StandbyRecorded);
+    Ok(())
+}
+
+/// Takes back what was done, as long as there is no mark. The guest goes on where it stood.
+pub async fn undo(instance: &mut Instance, reason: &str) -> Result<(), EngineError> {
+    let stage = manifest::stage_of(&instance.dir().join(SNAPSHOT));
+    // First the guest: it must not wait for files to be removed.
+    let resumed = resume(instance).await;
+    blocking("removing a half-made snapshot", move || {
+        files::remove_tree(&stage)
+    })
+    .await?
+    .map_err(io_error("removing a half-made snapshot"))?;
+    let Some(resumed_at) = resumed? else {
+        return Ok(());
+    };
+    instance.reach(KillPoint::StandbyResumed);
+    if instance.record.operation() == Some(Operation::Standby) {
+        let reason = format!("the last standby was given up: {reason}");
+        let fact = Fact::StandbyAbandoned { reason };
+        instance.commit_at(fact, &resumed_at).await?;
+    }
+    Ok(())
+}
+
+/// When the CPUs ran again. `None`: there is no machine any more, and whoever observes that ends the
+/// standby, too.
+async fn resume(instance: &Instance) -> Result<Option<Stamp>, EngineError> {
+    use MachineStatus as S;
+    let Some(live) = &instance.live else {
+        return Ok(None);
+    };
+    match live.machine.status().await.map_err(vmm_error)? {
+        S::Paused | S::Prelaunch => live.machine.resume().await.map_err(vmm_error)?,
+        // A guest that powered off meanwhile is booked by whoever observes it.
+        S::Running | S::Shutdown | S::Failed => {}
+        S::Gone => return Ok(None),
+    }
+    Ok(Some(now()))
+}
+
+async fn prepare_stage(place: &Path) -> Result<(), EngineError> {
+    let place = place.to_owned();
+    blocking("making room for a snapshot", move || {
+        manifest::remove(&place).map_err(manifest_error)?;
+        files::create_private_dir(&manifest::stage_of(&place))
+            .map_err(io_error("making the snapshot's folder"))
+    })
+    .await?
+}
+
+/// Writes back what can be written while the guest runs, so that little is left to do while it does not.
+/// Whoever interrupts does not wait for the disk.
+async fn flush(description: &MachineDescription, cancel: &Cancel) -> Result<(), EngineError> {
+    let (memory, disks) = (description.memory.clone(), writable(description));
+    let work = blocking("writing memory back", move || {
+        disks.iter().try_for_each(|disk| sync(disk))?;
+        memory.flush()
+    });
+    tokio::select! {
+        done = work => done?.map_err(|e| disk_error("writing memory back", &e)),
+        () = cancel.cancelled() => check(cancel),
+    }
+}
+
+fn writable(description: &MachineDescription) -> Vec<PathBuf> {
+    let disks = description.disks.iter().filter(|disk| !disk.read_only);
+    disks.map(|disk| disk.path.clone()).collect()
+}
+
+fn sync(path: &Path) -> std::io::Result<()> {
+    File::open(path)?.sync_data()
+}
+
+fn describe(
+    version: String,
+    description: &MachineDescription,
+    saved: Vec<SavedFile>,
+) -> Manifest<MachineDescription> {
+    let entry = |file: SavedFile| FileEntry {
+        name: file.name,
+        size: file.size,
+        sha256: file.sha256,
+    };
+    Manifest {
+        version: MANIFEST_VERSION,
+        id: crate::engine::new_id(),
+        created_at_us: now().wall_us,
+        monitor_version: version,
+        machine: description.clone(),
+        memory: Memory {
+            size: description.memory_bytes,
+            codec: MemoryCodec::Raw,
+        },
+        files: saved.into_iter().map(entry).collect(),
+    }
+}
+
+/// Everything durable except the mark. Memory and the small files go to the disk side by side.
+async fn seal(
+    place: &Path,
+    description: &MachineDescription,
+    manifest: Manifest<MachineDescription>,
+) -> Result<(), EngineError> {
+    let (memory, disks) = (description.memory.clone(), writable(description));
+    let place = place.to_owned();
+    let memory = blocking("writing memory", move || {
+        disks.iter().try_for_each(|disk| sync(disk))?;
+        memory.sync()
+    });
+    let files = blocking("writing the snapshot's manifest", move || {
+        manifest::seal(&place, &manifest)
+    });
+    let (memory, files) = tokio::join!(memory, files);
+    memory?.map_err(|e| disk_error("writing memory", &e))?;
+    files?.map_err(manifest_error)
+}
+
+async fn mark(place: &Path) -> Result<(), EngineError> {
+    let path = place.to_owned();
+    let marked = blocking("marking the snapshot valid", move || {
+        manifest::publish(&path)
+    })
+    .await?;
+    if let Err(error) = marked {
+        // Its rename may have been seen although it is not known to be durable.
+        unmark(place).await?;
+        return Err(manifest_error(error));
+    }
+    Ok(())
+}
+
+async fn unmark(place: &Path) -> Result<(), EngineError> {
+    let place = place.to_owned();
+    blocking("taking a snapshot's mark back", move || {
+        match manifest::exists(&place)? {
+            true => manifest::consume(&place),
+            false => Ok(()),
+        }
+    })
+    .await?
+    .map_err(manifest_error)
+}
+
+/// `StorageFull` is the operator's to mend and says so.
+fn disk_error(context: &str, error: &std::io::Error) -> EngineError {
+    match error.kind() {
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+            EngineError::Capacity {
+                resource: "disk",
+                wanted: "what the guest's memory needs".into(),
+                available: "none".into(),
+                limit: format!("{context}: {error}"),
+            }
+        }
+        _ => EngineError::Internal {
+            context: context.to_owned(),
+            reason: error.to_string(),
+        },
+    }
+}
+
+pub fn manifest_error(error: manifest::ManifestError) -> EngineError {
+    use manifest::ManifestError;
+    match error {
+        ManifestError::Absent(_) | ManifestError::Invalid { .. } => EngineError::Snapshot {
+            reason: error.to_string(),
+        },
+        ManifestError::Io { step, path, source } => {
+            let step = format!("{step} {}", path.display());
+            disk_error(&format!("cannot {step}"), &source)
+        }
+    }
+}
+
+/// What is left of a standby that a crash interrupted: `true` when it was committed.
+pub async fn is_marked(instance: &Instance) -> Result<bool, EngineError> {
+    if instance.record.has_snapshot() {
+        return Ok(true);
+    }
+    let place = instance.dir().join(SNAPSHOT);
+    blocking("looking for a snapshot", move || manifest::exists(&place))
+        .await?
+        .map_err(manifest_error)
+}
+
+/// Finishes a standby whose mark is there although the record does not say so yet.
+pub async fn complete(instance: &mut Instance) -> Result<(), EngineError> {
+    match instance.record.state() {
+        State::Initializing | State::Running => instance.commit(Fact::CpusPaused).await?,
+        State::Paused => {}
+        State::Created | State::Shutdown | State::Stopped | State::Standby => {}
+    }
+    if !instance.record.has_snapshot() {
+        instance.commit(Fact::SnapshotCommitted).await?;
+    }
+    finish(instance).await
+}

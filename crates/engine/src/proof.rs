@@ -1,0 +1,58 @@
+//! The proof that a restored guest lives: its agent answers a question asked after its CPUs ran.
+//!
+//! The question carries what the guest missed while it slept: the wall clock (read anew for each attempt)
+//! and fresh entropy with a unique nonce. It is repeated until it is answered, because a guest that
+//! is only slow must not be given up; the driver reads the answer whenever it comes.
+use std::time::{Duration, Instant};
+
+use doze_agent::client::{AgentClient, AgentError};
+use tokio::sync::watch;
+use tokio_util::task::AbortOnDropHandle;
+
+/// One question waits this long for its answer.
+const ATTEMPT: Duration = Duration::from_secs(5);
+/// Between attempts that failed at once.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// The guest's answer.
+#[derive(Debug, Clone)]
+pub struct Answer {
+    pub at: Instant,
+    /// What the guest could not do, for people to read.
+    pub problem: Option<String>,
+}
+
+/// A question that is being asked. Dropping it stops asking.
+pub struct Proof {
+    pub answer: watch::Receiver<Option<Answer>>,
+    _asking: AbortOnDropHandle<()>,
+}
+
+impl Proof {
+    /// Must be called after the CPUs were let run, or the answer would prove nothing.
+    pub fn ask(agent: AgentClient, instance: String) -> Proof {
+        let (sender, answer) = watch::channel(None);
+        let asking = tokio::spawn(async move {
+            loop {
+                match agent.restored(rand::random(), ATTEMPT).await {
+                    Ok(told) => {
+                        sender.send_replace(Some(Answer {
+                            at: Instant::now(),
+                            problem: told.problem,
+                        }));
+                        return;
+                    }
+                    Err(AgentError::Lost) => return,
+                    Err(error) => {
+                        tracing::warn!(%instance, %error, "a restored guest has not answered yet");
+                    }
+                }
+                tokio::time::sleep(PAUSE).await;
+            }
+        });
+        Proof {
+            answer,
+            _asking: AbortOnDropHandle::new(asking),
+        }
+    }
+}
