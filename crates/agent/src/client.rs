@@ -5,10 +5,17 @@
 //!            ^                                                │
 //!            └── watch<GuestView>, inbox per exec stream <────┘ (dispatch)
 //! ```
+//!
+//! One client serves one life of one machine monitor. Around a standby and a restore:
+//!
+//! ```text
+//!   open_sessions ─> policy ─> close_with(reason) ─> monitor killed   (the guest hears nothing)
+//!   connect ─> linked ─> device state loaded ─> CPUs run ─> restored  (the guest answers a new nonce)
+//! ```
 use std::{
     collections::HashMap,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicU32},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, atomic::AtomicU32},
     time::{Duration, Instant},
 };
 
@@ -26,8 +33,12 @@ use crate::{
 
 mod exec;
 mod link;
+mod restored;
+#[cfg(test)]
+mod tests;
 
 pub use exec::{ExecEvent, ExecInput, ExecSession};
+pub use restored::Answer;
 
 /// How long the guest may take to say that a command started or a shutdown was accepted.
 const ANSWER_WITHIN: Duration = Duration::from_secs(15);
@@ -38,6 +49,8 @@ const GOODBYE_WITHIN: Duration = Duration::from_millis(500);
 /// the guest gave, so the guest's own clocks never matter.
 #[derive(Debug, Clone, Default)]
 pub struct GuestView {
+    /// The socket is connected; whether anybody answers there is another matter.
+    pub linked: bool,
     /// A handshake completed and the stream is up.
     pub connected: bool,
     /// Random per boot of the guest.
@@ -100,6 +113,9 @@ struct Shared {
     next_stream: AtomicU32,
     pings: Mutex<HashMap<u64, oneshot::Sender<()>>>,
     shutdowns: Mutex<Vec<oneshot::Sender<()>>>,
+    restores: Mutex<HashMap<u64, oneshot::Sender<restored::Reply>>>,
+    /// Why [`AgentClient::close_with`] ended it.
+    closed: OnceLock<String>,
     /// Why there is no connection.
     problem: Mutex<String>,
     cancel: CancellationToken,
@@ -112,7 +128,25 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Shared {
     fn unavailable(&self) -> AgentError {
-        AgentError::Unavailable(lock(&self.problem).clone())
+        let why = self.closed.get().cloned();
+        AgentError::Unavailable(why.unwrap_or_else(|| lock(&self.problem).clone()))
+    }
+
+    /// What callers get that this channel's end interrupts.
+    fn gone(&self) -> AgentError {
+        match self.closed.get() {
+            Some(why) => AgentError::Unavailable(why.clone()),
+            None => AgentError::Lost,
+        }
+    }
+
+    /// Waits for what the background task makes of the connection.
+    async fn reached(&self, state: impl FnMut(&GuestView) -> bool) -> Result<(), AgentError> {
+        let mut view = self.view.subscribe();
+        tokio::select! {
+            reached = view.wait_for(state) => reached.map(drop).map_err(|_| self.gone()),
+            () = self.cancel.cancelled() => Err(self.gone()),
+        }
     }
 
     fn require_connected(&self) -> Result<(), AgentError> {
@@ -124,18 +158,31 @@ impl Shared {
     }
 
     /// Waits for an answer while the channel lives.
-    async fn answer(
+    async fn answer<T>(
         &self,
-        answer: oneshot::Receiver<()>,
+        answer: oneshot::Receiver<T>,
         within: Duration,
-    ) -> Result<(), AgentError> {
+    ) -> Result<T, AgentError> {
         tokio::select! {
             got = tokio::time::timeout(within, answer) => match got {
-                Ok(Ok(())) => Ok(()),
-                Ok(Err(_)) => Err(AgentError::Lost),
+                Ok(Ok(answer)) => Ok(answer),
+                Ok(Err(_)) => Err(self.gone()),
                 Err(_) => Err(AgentError::Timeout(within)),
             },
-            () = self.cancel.cancelled() => Err(AgentError::Lost),
+            () = self.cancel.cancelled() => Err(self.gone()),
+        }
+    }
+
+    /// All of `work` within `timeout`; says whether it was the guest or the way to it that took too long.
+    async fn within<T>(
+        &self,
+        timeout: Duration,
+        work: impl Future<Output = Result<T, AgentError>>,
+    ) -> Result<T, AgentError> {
+        match tokio::time::timeout(timeout, work).await {
+            Ok(done) => done,
+            Err(_) if self.endpoint.established() => Err(AgentError::Timeout(timeout)),
+            Err(_) => Err(self.unavailable()),
         }
     }
 }
@@ -151,6 +198,8 @@ impl AgentClient {
             next_stream: AtomicU32::new(MAIN_STREAM + 1),
             pings: Mutex::default(),
             shutdowns: Mutex::default(),
+            restores: Mutex::default(),
+            closed: OnceLock::new(),
             problem: Mutex::new(format!("not yet connected to {}", socket.display())),
             cancel: CancellationToken::new(),
         });
@@ -166,15 +215,33 @@ impl AgentClient {
         self.view.clone()
     }
 
+    /// Waits until the socket is connected, whether or not a guest answers there: what must have happened
+    /// before a machine monitor loads the state of its devices.
+    ///
+    /// A socket that listens connects before its owner accepts; the monitor's own account of its
+    /// character device says whether it has.
+    ///
+    /// # Errors
+    /// [`AgentError::Unavailable`] with the reason after `timeout`.
+    pub async fn linked(&self, timeout: Duration) -> Result<(), AgentError> {
+        let shared = &self.handle.shared;
+        match tokio::time::timeout(timeout, shared.reached(|v| v.linked)).await {
+            Ok(linked) => linked,
+            Err(_) => Err(shared.unavailable()),
+        }
+    }
+
+    /// Exec sessions that began, or are about to, and have not ended.
+    pub fn open_sessions(&self) -> usize {
+        lock(&self.handle.shared.streams).len()
+    }
+
     /// A round trip with a fresh nonce. Waits for a connection if there is none, all within `timeout`.
     pub async fn ping(&self, timeout: Duration) -> Result<(), AgentError> {
         let shared = &self.handle.shared;
         let nonce = rand::random();
         let round_trip = async {
-            let mut view = self.view();
-            view.wait_for(|v| v.connected)
-                .await
-                .map_err(|_| AgentError::Lost)?;
+            shared.reached(|v| v.connected).await?;
             let (sender, receiver) = oneshot::channel();
             lock(&shared.pings).insert(nonce, sender);
             shared
@@ -182,13 +249,9 @@ impl AgentClient {
                 .send(MAIN_STREAM, &ToGuest::Ping { nonce })?;
             shared.answer(receiver, timeout).await
         };
-        let result = tokio::time::timeout(timeout, round_trip).await;
+        let result = shared.within(timeout, round_trip).await;
         lock(&shared.pings).remove(&nonce);
-        match result {
-            Ok(done) => done,
-            Err(_) if shared.endpoint.established() => Err(AgentError::Timeout(timeout)),
-            Err(_) => Err(shared.unavailable()),
-        }
+        result
     }
 
     /// Starts a command. Answers when the guest started it; a command that cannot be started ends
@@ -227,7 +290,24 @@ impl AgentClient {
                 tracing::debug!("the guest was not told that its commands are over");
             }
         }
+        self.stopped().await;
+    }
+
+    /// Ends the channel like [`AgentClient::close`], for a guest that cannot hear it: its CPUs are stopped or
+    /// its monitor is gone. Nothing is sent and nothing is waited for. The sessions that still run end here
+    /// with `why`; there, as soon as the guest runs again and hears of another client.
+    pub async fn close_with(self, why: &str) {
+        let shared = &self.handle.shared;
+        // The first reason stands: what it ended was told so.
+        shared.closed.get_or_init(|| why.to_owned());
+        // Before anything else, so that nothing that ends now is still written to the guest.
         shared.cancel.cancel();
+        link::end_all(shared);
+        self.stopped().await;
+    }
+
+    async fn stopped(&self) {
+        self.handle.shared.cancel.cancel();
         let task = lock(&self.handle.task).take();
         if let Some(task) = task
             && let Err(error) = task.await

@@ -69,6 +69,17 @@ impl Endpoint {
         self.session().peer().is_some()
     }
 
+    /// The version the peer announced, once one answered.
+    pub fn peer_protocol(&self) -> Option<u32> {
+        self.session().peer_protocol()
+    }
+
+    /// Announces another version than this code's own from the next handshake on.
+    #[cfg(all(test, feature = "host"))]
+    pub(crate) fn announce(&self, protocol: u32) {
+        self.session().announce(protocol);
+    }
+
     pub fn open(&self, stream: u32) {
         self.session().open(stream);
     }

@@ -10,6 +10,9 @@
 //!     │ data (stdin), StdinClose, Resize ────>│
 //!     │<──────────────── data (output) ───────│
 //!     │<──────────────── ExecExited ──────────│   or  Kill ──> (ends without an answer)
+//!     │                                       │
+//!     │ Restored ──────────── stream 0 ──────>│   after every restore from a snapshot
+//!     │<──────────────── RestoredDone ────────│   its clock is set, its entropy fresh
 //! ```
 //!
 //! An end ignores a `type` it does not know (and says so once, see [`ToHost::Unsupported`]), so a
@@ -18,14 +21,16 @@ use serde::{Deserialize, Serialize};
 
 /// Version both ends announce: major << 16 | minor. An end accepts any version whose major part
 /// it knows.
-pub const PROTOCOL: u32 = 1 << 16;
+///
+/// 1.1 added [`ToGuest::Restored`]; a guest that was put to standby with an agent of 1.0 still wakes with it.
+pub const PROTOCOL: u32 = 1 << 16 | 1;
 
 /// Whether this end can talk to one that announces `version`.
 pub fn speaks(version: u32) -> bool {
     version >> 16 == PROTOCOL >> 16
 }
 
-/// `1.0` of [`PROTOCOL`].
+/// `1.1` of [`PROTOCOL`].
 pub fn version_text(version: u32) -> String {
     format!("{}.{}", version >> 16, version & 0xffff)
 }
@@ -34,6 +39,8 @@ pub fn version_text(version: u32) -> String {
 pub const MAX_EXECS: usize = 256;
 /// Bytes of JSON in one control message at most.
 pub const MAX_CONTROL: usize = crate::frame::MAX_PAYLOAD;
+/// Bytes of entropy in one [`ToGuest::Restored`]; at least what makes the kernel's generator count as seeded.
+pub const ENTROPY_BYTES: std::ops::RangeInclusive<usize> = 32..=64;
 
 /// A command to run in the guest.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,6 +81,16 @@ pub enum ToGuest {
     Ping { nonce: u64 },
     /// Stream 0. Stop signal to the program, SIGKILL after this long, then power off.
     Shutdown { grace_ms: u64 },
+    /// Stream 0. The guest's memory and devices came out of a snapshot: its clock stood still, and what
+    /// its random numbers come from may have been used before. Answered by [`ToHost::RestoredDone`].
+    Restored {
+        nonce: u64,
+        /// The host's wall clock when the message was made: microseconds since 1970-01-01 UTC. The time the
+        /// message waited afterwards travels in the frame and is to be added.
+        wall_us: i64,
+        /// Hexadecimal, [`ENTROPY_BYTES`] bytes; never used before.
+        entropy: String,
+    },
     /// A message of a newer version.
     #[serde(other)]
     Unknown,
@@ -112,6 +129,11 @@ pub enum ToHost {
     },
     /// The request was accepted; the power-off follows.
     ShuttingDown,
+    /// The clock is set and the entropy mixed in, or `problem` says which of it failed and why.
+    RestoredDone {
+        nonce: u64,
+        problem: Option<String>,
+    },
     /// The guest did not understand a message.
     Unsupported {
         text: String,
@@ -144,6 +166,29 @@ mod tests {
         assert!(speaks(PROTOCOL));
         assert!(speaks(PROTOCOL + 7));
         assert!(!speaks(PROTOCOL + (1 << 16)));
-        assert_eq!(version_text(PROTOCOL), "1.0");
+        assert_eq!(version_text(PROTOCOL), "1.1");
+    }
+
+    /// Other versions read these: the names must not change.
+    #[test]
+    fn restored_has_its_form_on_the_wire() {
+        let request = ToGuest::Restored {
+            nonce: u64::MAX,
+            wall_us: 1_700_000_000_000_001,
+            entropy: "00ff".into(),
+        };
+        assert_eq!(
+            serde_json::to_string(&request).unwrap(),
+            r#"{"type":"restored","nonce":18446744073709551615,"wall_us":1700000000000001,"entropy":"00ff"}"#
+        );
+        let answer: ToHost =
+            serde_json::from_str(r#"{"type":"restored_done","nonce":7,"problem":null}"#).unwrap();
+        assert_eq!(
+            answer,
+            ToHost::RestoredDone {
+                nonce: 7,
+                problem: None
+            }
+        );
     }
 }

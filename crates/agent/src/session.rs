@@ -12,6 +12,10 @@
 //! again; sending it twice does no harm. The host sends it at every connection and until it is
 //! answered; either end sends it when it sees a gap.
 //!
+//! **Restore**: a guest that wakes from a snapshot saw no connection end, and meets a new host epoch in the
+//! middle of what the old host said. That costs it [`PARTIAL_FOR`] at most: what the new host said meanwhile
+//! is found behind the cut frame.
+//!
 //! **Epochs** are random per server run and per guest boot. An epoch not seen before starts both
 //! directions from number 1 and drops every stream. All other frames carry a tag made of both
 //! epochs and are dropped when it differs, so nothing said to an earlier peer is taken for new.
@@ -36,7 +40,10 @@ use self::{
     sending::{PROBE_AFTER_MAX, Sending},
     streams::{QUEUE_MESSAGES, Stream},
 };
-use crate::frame::{Decoder, MAX_PAYLOAD};
+use crate::{
+    frame::{Decoder, MAX_PAYLOAD},
+    message,
+};
 
 mod receiving;
 mod sending;
@@ -49,10 +56,12 @@ pub const DATA_CHUNK: usize = 16 << 10;
 /// The control stream of the guest as a whole.
 pub const MAIN_STREAM: u32 = 0;
 
-const HELLO_AGAIN: Duration = Duration::from_secs(1);
-const HELLO_AGAIN_MAX: Duration = Duration::from_secs(8);
 /// A frame that stops growing for this long was cut by a disconnect.
 const PARTIAL_FOR: Duration = Duration::from_millis(250);
+/// Longer than [`PARTIAL_FOR`]: behind a cut frame every further Hello makes that frame grow, so that sooner
+/// ones would put off the moment at which it is given up and the first one is found.
+const HELLO_AGAIN: Duration = Duration::from_millis(300);
+const HELLO_AGAIN_MAX: Duration = Duration::from_secs(8);
 
 /// Which end this is. The host knows when a connection begins, so it speaks first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,7 +127,10 @@ pub enum SendError {
 pub struct Session {
     role: Role,
     epoch: u64,
+    /// What this end announces.
+    protocol: u32,
     peer: Option<u64>,
+    peer_protocol: Option<u32>,
     tag: u32,
     up: bool,
     established: bool,
@@ -146,7 +158,9 @@ impl Session {
         let mut session = Self {
             role,
             epoch,
+            protocol: message::PROTOCOL,
             peer: None,
+            peer_protocol: None,
             tag: 0,
             up: false,
             established: false,
@@ -197,6 +211,17 @@ impl Session {
         self.peer
     }
 
+    /// What the peer that answered last announced; see [`message::version_text`].
+    pub fn peer_protocol(&self) -> Option<u32> {
+        self.peer_protocol
+    }
+
+    /// Announces another version than this code's own, as an older or newer peer does.
+    #[cfg(all(test, feature = "host"))]
+    pub(crate) fn announce(&mut self, protocol: u32) {
+        self.protocol = protocol;
+    }
+
     /// There is a peer, and it acknowledged everything said to it.
     pub fn idle(&self) -> bool {
         self.peer.is_some()
@@ -225,7 +250,8 @@ impl Session {
 
     pub fn on_deadline(&mut self, now: Instant) {
         let past = |at: Option<Instant>| at.is_some_and(|at| at <= now);
-        if self.decoder.partial() && past(self.received_at.map(|at| at + PARTIAL_FOR)) {
+        // What looks like a further cut frame behind the first one has not grown for as long.
+        while self.decoder.partial() && past(self.received_at.map(|at| at + PARTIAL_FOR)) {
             self.decoder.abandon();
             self.receive(&[], now);
         }

@@ -3,6 +3,7 @@
 //! ```text
 //!   init ──started, exited, boot error──> Status ──on every new host──> Endpoint ──> host
 //!   host ──Exec──> one task per session (exec.rs)        host ──Shutdown──> requests ──> init
+//!   host ──Restored──> Kernel: clock, entropy (restored.rs)
 //! ```
 use std::{
     cell::RefCell,
@@ -26,6 +27,9 @@ use tokio::{
 use crate::{children::Children, spawn::Env, users::User};
 
 mod exec;
+mod restored;
+
+pub use restored::{Kernel, ThisKernel};
 
 /// What commands of the host run as, unless they say otherwise: the program's own circumstances.
 #[derive(Debug, Clone)]
@@ -55,6 +59,7 @@ struct Inner {
     sessions: RefCell<HashMap<u32, exec::Handle>>,
     status: RefCell<Status>,
     requests: mpsc::UnboundedSender<Request>,
+    kernel: Box<dyn Kernel>,
 }
 
 /// What a host that connects is told.
@@ -67,8 +72,13 @@ struct Status {
 }
 
 impl Agent {
-    /// `epoch` is random per boot. Requests for init come out of the receiver.
-    pub fn new(epoch: u64, children: Rc<Children>) -> (Self, mpsc::UnboundedReceiver<Request>) {
+    /// `epoch` is random per boot; `kernel` is whose clock and entropy a restore mends. Requests for init
+    /// come out of the receiver.
+    pub fn new(
+        epoch: u64,
+        children: Rc<Children>,
+        kernel: Box<dyn Kernel>,
+    ) -> (Self, mpsc::UnboundedReceiver<Request>) {
         let (requests, receiver) = mpsc::unbounded_channel();
         let inner = Rc::new(Inner {
             endpoint: Endpoint::new(Role::Guest, epoch),
@@ -77,6 +87,7 @@ impl Agent {
             sessions: RefCell::default(),
             status: RefCell::default(),
             requests,
+            kernel,
         });
         (Self { inner }, receiver)
     }
@@ -139,9 +150,11 @@ impl Inner {
             // It gets our Hello and reports the disagreement; there is nobody to tell here.
             Event::Incompatible { .. } => {}
             Event::Control {
-                stream, payload, ..
+                stream,
+                payload,
+                waited,
             } => match serde_json::from_slice(&payload) {
-                Ok(message) => self.message(stream, message),
+                Ok(message) => self.message(stream, message, waited),
                 Err(e) => self.tell(
                     stream,
                     &ToHost::Unsupported {
@@ -160,7 +173,8 @@ impl Inner {
         }
     }
 
-    fn message(self: Rc<Self>, stream: u32, message: ToGuest) {
+    /// `waited`: how long ago the host made the message, as far as it was its sender that held it.
+    fn message(self: Rc<Self>, stream: u32, message: ToGuest, waited: Duration) {
         match message {
             ToGuest::Exec { request } => {
                 self.endpoint.open(stream);
@@ -189,6 +203,14 @@ impl Inner {
                 let grace = Duration::from_millis(grace_ms);
                 // Init listens until it powers off; afterwards the request is fulfilled anyway.
                 self.requests.send(Request::Shutdown { grace }).ok();
+            }
+            ToGuest::Restored {
+                nonce,
+                wall_us,
+                entropy,
+            } => {
+                let problem = restored::mend(&*self.kernel, wall_us, waited, &entropy);
+                self.tell(MAIN_STREAM, &ToHost::RestoredDone { nonce, problem });
             }
             ToGuest::Unknown => {
                 self.tell(

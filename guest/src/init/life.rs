@@ -13,7 +13,7 @@ use super::{
     program::{self, Plan, Program},
 };
 use crate::{
-    agent::{Agent, Request},
+    agent::{Agent, Request, ThisKernel},
     children::Children,
     port::{Port, PortStream},
     sys::{Target, kill},
@@ -40,7 +40,7 @@ pub(super) async fn live(booted: Result<GuestConfig, BootError>, root: Option<&m
         Ok(children) => children,
         Err(error) => return console::say(format_args!("cannot watch processes: {error}")),
     };
-    let (agent, requests) = Agent::new(epoch(), children.clone());
+    let (agent, requests) = Agent::new(epoch(), children.clone(), Box::new(ThisKernel));
     tokio::task::spawn_local(serve(agent.clone()));
     let planned = booted.and_then(|config| Ok((Plan::new(&config)?, config.skip_guest_agent)));
     let ran = match planned {

@@ -1,8 +1,12 @@
 //! An agent on this host, and pipes that misbehave.
 use std::{
+    io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
     thread::JoinHandle,
     time::{Duration, Instant},
 };
@@ -13,14 +17,14 @@ use doze_agent::{
     message::{ExecRequest, ProgramExit},
 };
 use doze_guest::{
-    agent::{Agent, ExecDefaults, Request},
+    agent::{Agent, ExecDefaults, Kernel, Request},
     children::Children,
     spawn::{DEFAULT_PATH, Env},
     users::User,
 };
 use tempfile::TempDir;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{
         UnixListener, UnixStream,
         unix::{OwnedReadHalf, OwnedWriteHalf},
@@ -35,6 +39,45 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 /// What the agent's own thread does for a test.
 pub type Setup = Box<dyn FnOnce(&Agent) + Send>;
 
+/// What the agent did to the kernel of its machine, which in a test is everybody's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Mended {
+    Clock(Duration),
+    Entropy(Vec<u8>),
+    Reseeded,
+}
+
+/// A kernel that writes down what was asked of it, and fails at reseeding when told so.
+#[derive(Clone, Default)]
+pub struct Recorder {
+    pub mended: Arc<Mutex<Vec<Mended>>>,
+    pub broken: bool,
+}
+
+impl Recorder {
+    fn did(&self, what: Mended) -> io::Result<()> {
+        self.mended.lock().unwrap().push(what);
+        Ok(())
+    }
+}
+
+impl Kernel for Recorder {
+    fn set_realtime(&self, since_1970: Duration) -> io::Result<()> {
+        self.did(Mended::Clock(since_1970))
+    }
+
+    fn add_entropy(&self, bytes: &[u8]) -> io::Result<()> {
+        self.did(Mended::Entropy(bytes.to_vec()))
+    }
+
+    fn reseed(&self) -> io::Result<()> {
+        if self.broken {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
+        self.did(Mended::Reseeded)
+    }
+}
+
 /// A running agent that listens on a socket, as QEMU would.
 pub struct Guest {
     pub requests: mpsc::UnboundedReceiver<Request>,
@@ -46,6 +89,10 @@ static EPOCH: AtomicU64 = AtomicU64::new(1);
 
 impl Guest {
     pub fn start(socket: &Path, setup: Setup) -> Self {
+        Self::on(Recorder::default(), socket, setup)
+    }
+
+    pub fn on(kernel: Recorder, socket: &Path, setup: Setup) -> Self {
         let (stop, stopped) = oneshot::channel();
         let (sender, requests) = mpsc::unbounded_channel();
         let (listening, is_listening) = std::sync::mpsc::channel();
@@ -59,8 +106,11 @@ impl Guest {
                 std::fs::remove_file(&socket).ok();
                 let listener = UnixListener::bind(&socket).unwrap();
                 let children = Children::new(false).unwrap();
-                let (agent, mut from_agent) =
-                    Agent::new(EPOCH.fetch_add(1, Ordering::Relaxed), children);
+                let (agent, mut from_agent) = Agent::new(
+                    EPOCH.fetch_add(1, Ordering::Relaxed),
+                    children,
+                    Box::new(kernel),
+                );
                 setup(&agent);
                 listening.send(()).unwrap();
                 let serve = async {
@@ -92,7 +142,12 @@ impl Guest {
 
     /// An agent that takes commands, run by the user of this test.
     pub fn with_exec(socket: &Path) -> Self {
-        Self::start(
+        Self::with_exec_on(Recorder::default(), socket)
+    }
+
+    pub fn with_exec_on(kernel: Recorder, socket: &Path) -> Self {
+        Self::on(
+            kernel,
             socket,
             Box::new(|agent| {
                 agent.program_started(Instant::now());
@@ -254,6 +309,45 @@ async fn relay(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut budget: u64)
     while let Ok(n @ 1..) = from.read(&mut buf).await {
         let pass = n.min(usize::try_from(budget).unwrap());
         if to.write_all(&buf[..pass]).await.is_err() || pass < n {
+            return;
+        }
+        budget -= pass as u64;
+    }
+}
+
+/// A relay as a guest sees standbys and restores: its side stays connected while hosts come and go. Each of
+/// them reaches the guest with no more than its budget of bytes, and hears no more than that; the rest is lost.
+pub fn restoring_relay(
+    front: PathBuf,
+    back: PathBuf,
+    budgets: Vec<u64>,
+) -> tokio::task::JoinHandle<()> {
+    let listener = UnixListener::bind(front).unwrap();
+    tokio::spawn(async move {
+        let mut guest = UnixStream::connect(&back).await.unwrap();
+        for budget in budgets {
+            let (mut host, _) = listener.accept().await.unwrap();
+            let (mut from_host, mut to_host) = host.split();
+            let (mut from_guest, mut to_guest) = guest.split();
+            // The host goes first; what the guest says then waits for the next one.
+            tokio::select! {
+                () = lossy(&mut from_host, &mut to_guest, budget) => {}
+                () = lossy(&mut from_guest, &mut to_host, budget) => {}
+            }
+        }
+    })
+}
+
+/// Passes bytes on up to `budget`, then reads on and drops them.
+async fn lossy(
+    from: &mut (impl AsyncRead + Unpin),
+    to: &mut (impl AsyncWrite + Unpin),
+    mut budget: u64,
+) {
+    let mut buf = vec![0; 16 << 10];
+    while let Ok(n @ 1..) = from.read(&mut buf).await {
+        let pass = n.min(usize::try_from(budget).unwrap_or(usize::MAX));
+        if to.write_all(&buf[..pass]).await.is_err() {
             return;
         }
         budget -= pass as u64;

@@ -4,4 +4,5 @@
 mod exec;
 mod harness;
 mod links;
+mod restore;
 mod terminal;

@@ -7,7 +7,7 @@ use std::{
 use bytes::{Bytes, BytesMut};
 use tokio::sync::Notify;
 
-use super::{ANSWER_WITHIN, AgentError, ExecRequest, ProgramExit, Shared, ToGuest, lock};
+use super::{ANSWER_WITHIN, AgentError, ExecRequest, ProgramExit, Shared, ToGuest, link, lock};
 
 /// What a running command sends.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -122,12 +122,18 @@ impl ExecSession {
         };
         shared.endpoint.send(stream, &ToGuest::Exec { request })?;
         if shared.cancel.is_cancelled() {
-            return Err(AgentError::Lost);
+            // Too late to be among those the channel's end ended.
+            link::end_all(&shared);
         }
         let answer = tokio::time::timeout(ANSWER_WITHIN, session.input.inbox.take()).await;
         match answer {
             Err(_) => Err(AgentError::Timeout(ANSWER_WITHIN)),
             Ok(Some(Item::Refused(text))) => Err(AgentError::Refused(text)),
+            // It may run, so the end is told as the command's: nobody is to try again by itself.
+            Ok(Some(Item::Failed(why))) if shared.closed.get().is_some() => {
+                session.first = Some(ExecEvent::Failed(why));
+                Ok(session)
+            }
             Ok(Some(Item::Failed(_)) | None) => Err(AgentError::Lost),
             Ok(Some(Item::Started)) => Ok(session),
             Ok(Some(Item::Exit(exit))) => {
@@ -226,6 +232,9 @@ impl ExecInput {
     }
 
     fn alive(&self) -> Result<(), AgentError> {
+        if let Some(why) = self.shared.closed.get() {
+            return Err(AgentError::Unavailable(why.clone()));
+        }
         if self.inbox.ended() {
             return Err(AgentError::Refused("the command has ended".into()));
         }

@@ -8,7 +8,7 @@ use std::{
 use bytes::{Bytes, BytesMut};
 use tokio::net::UnixStream;
 
-use super::{GuestView, MAIN_STREAM, Shared, exec::Item, lock};
+use super::{GuestView, MAIN_STREAM, Shared, exec::Item, lock, restored::Reply};
 use crate::{
     message::{PROTOCOL, ToGuest, ToHost, version_text},
     session::Event,
@@ -24,8 +24,18 @@ pub(super) async fn run(shared: Arc<Shared>, socket: PathBuf) {
         () = cancel.cancelled() => {}
         () = keep_connected(&shared, &socket) => {}
     }
-    shared.view.send_modify(|v| v.connected = false);
-    fail_all(&shared, "the control channel was closed");
+    unlinked(&shared);
+    end_all(&shared);
+}
+
+/// Whether there had been a handshake.
+fn unlinked(shared: &Shared) -> bool {
+    let mut connected = false;
+    shared.view.send_if_modified(|v| {
+        connected = std::mem::replace(&mut v.connected, false);
+        std::mem::replace(&mut v.linked, false) || connected
+    });
+    connected
 }
 
 async fn keep_connected(shared: &Shared, socket: &Path) {
@@ -33,6 +43,7 @@ async fn keep_connected(shared: &Shared, socket: &Path) {
     loop {
         let problem = match UnixStream::connect(socket).await {
             Ok(stream) => {
+                shared.view.send_modify(|v| v.linked = true);
                 let (reader, writer) = stream.into_split();
                 let ended = shared
                     .endpoint
@@ -40,10 +51,7 @@ async fn keep_connected(shared: &Shared, socket: &Path) {
                     .await;
                 // A connection that served its purpose deserves a prompt new one; one that closes at once is
                 // not to be hammered.
-                if shared
-                    .view
-                    .send_if_modified(|v| std::mem::replace(&mut v.connected, false))
-                {
+                if unlinked(shared) {
                     retry = RETRY_FIRST;
                 }
                 match ended {
@@ -92,6 +100,7 @@ fn established(shared: &Shared, peer: u64, fresh: bool) {
     if fresh {
         fail_all(shared, "the guest restarted");
         shared.view.send_replace(GuestView {
+            linked: true,
             connected: true,
             guest_epoch: Some(peer),
             ..GuestView::default()
@@ -136,10 +145,25 @@ fn control(shared: &Shared, stream: u32, message: ToHost, waited: Duration) {
                 waiter.send(()).ok();
             }
         }
+        ToHost::RestoredDone { nonce, problem } => {
+            if let Some(waiter) = lock(&shared.restores).remove(&nonce) {
+                waiter.send(Reply::Done(problem)).ok();
+            }
+        }
         ToHost::Unsupported { text } => {
-            tracing::warn!(stream, text, "the guest did not understand")
+            tracing::warn!(stream, text, "the guest did not understand");
+            unsupported(shared, stream, &text);
         }
         ToHost::Unknown => tracing::debug!(stream, "message of a newer guest ignored"),
+    }
+}
+
+/// It names no message. On the main stream there is but one that a guest of this major version may not know.
+fn unsupported(shared: &Shared, stream: u32, text: &str) {
+    if stream == MAIN_STREAM {
+        for (_, waiter) in lock(&shared.restores).drain() {
+            waiter.send(Reply::Unsupported(text.to_owned())).ok();
+        }
     }
 }
 
@@ -173,17 +197,35 @@ fn fail(shared: &Shared, stream: u32, why: &str) {
     put(shared, stream, Item::Failed(why.to_owned()));
 }
 
-/// Ends every session with `why`.
+/// Ends every session with `why`, here and in the guest.
 pub(super) fn fail_all(shared: &Shared, why: &str) {
-    let streams = std::mem::take(&mut *lock(&shared.streams));
-    for (stream, inbox) in streams {
-        inbox.push(Item::Failed(why.to_owned()));
+    for stream in end_sessions(shared, why) {
         // Refused for streams of a guest that is gone.
         if shared.endpoint.send(stream, &ToGuest::Kill).is_ok() {
             tracing::debug!(stream, why, "command killed");
         }
         shared.endpoint.close(stream);
     }
+}
+
+/// Ends every session of a channel that has ended; the guest is not told.
+pub(super) fn end_all(shared: &Shared) {
+    let why = shared.closed.get();
+    let why = why.map_or("the control channel was closed", String::as_str);
+    for stream in end_sessions(shared, why) {
+        // Whoever waits for room to write learns of the end.
+        shared.endpoint.close(stream);
+    }
+}
+
+/// The streams of the sessions that this ended.
+fn end_sessions(shared: &Shared, why: &str) -> Vec<u32> {
+    let streams = std::mem::take(&mut *lock(&shared.streams));
+    for inbox in streams.values() {
+        inbox.push(Item::Failed(why.to_owned()));
+    }
     lock(&shared.pings).clear();
     lock(&shared.shutdowns).clear();
+    lock(&shared.restores).clear();
+    streams.into_keys().collect()
 }

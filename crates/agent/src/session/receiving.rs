@@ -27,7 +27,9 @@ pub(super) struct Receiving {
 impl Session {
     /// Takes bytes from the connection. Events are fetched with [`Session::event`].
     pub fn receive(&mut self, mut bytes: &[u8], now: Instant) {
-        self.received_at = Some(now);
+        if !bytes.is_empty() {
+            self.received_at = Some(now);
+        }
         while let Some(frame) = self.decoder.decode(&mut bytes) {
             self.take(frame, now);
         }
@@ -71,6 +73,7 @@ impl Session {
             // Left over from what the guest said to an earlier server.
             return;
         }
+        self.peer_protocol = Some(hello.protocol);
         let fresh = self.peer != Some(hello.epoch);
         if fresh {
             self.start_over(hello.epoch);

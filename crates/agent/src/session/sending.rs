@@ -10,10 +10,7 @@ use super::{
     Hello, MAIN_STREAM, Session,
     streams::{Item, Stream},
 };
-use crate::{
-    frame::{FLAG_ACK_NOW, FLAG_SEQUENCED, Frame, HEADER_LEN, Kind},
-    message,
-};
+use crate::frame::{FLAG_ACK_NOW, FLAG_SEQUENCED, Frame, HEADER_LEN, Kind};
 
 /// Bytes written and not acknowledged, over all streams.
 const FLIGHT_BYTES: usize = 1 << 20;
@@ -157,7 +154,7 @@ impl Session {
 
     pub(super) fn write_hello(&mut self, reply: bool, out: &mut BytesMut) {
         let hello = Hello {
-            protocol: message::PROTOCOL,
+            protocol: self.protocol,
             epoch: self.epoch,
             peer_epoch: self.peer,
             received: self.receiving.last,

@@ -5,6 +5,8 @@ use proptest::{collection::vec, prelude::*};
 use super::*;
 use crate::frame::{Frame, Kind};
 
+mod restore;
+
 /// What a pipe does with the bytes of one transmission.
 #[derive(Debug, Clone)]
 enum Fate {
