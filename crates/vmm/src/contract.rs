@@ -2,23 +2,33 @@
 //!
 //! ```text
 //!   Monitor::spawn ──> Machine (CPUs never ran) ──resume──> running <──pause/resume──> paused
-//!        │                    │                                │
+//!        │                    │                                │                        │ save
 //!        │                    └── kill ──────────────┬─────────┴── guest powers off ──> Shutdown
-//!   Monitor::attach (after a restart of the server)  └──> process gone <── kill ───────────┘
+//!   Monitor::attach (after a restart of the server)  └──> process gone <── kill ────────┴──┘
+//!
+//!   Monitor::spawn_to_load ──> Machine (waits) ──load──> paused, never resumed here ──resume──> running
 //! ```
+//!
+//! A saved machine is its memory file and the files that [`Machine::save`] wrote. Both together are
+//! good for one `resume`: from then on the guest changes memory and disks, and the saved device
+//! state fits neither. Until then (`load` included) they may be tried as often as one likes, because
+//! a machine that has not been resumed writes nothing to them.
 //!
 //! Who calls what: only the driver task of one instance calls these methods, one at a time, except
 //! [`Machine::watch`] whose receiver may be polled at any moment.
 //!
 //! Cancelling (dropping a future half way): `spawn` leaves at most a VMM process that carries the
-//! instance's marker in its environment (see `doze_host::process::find_marked`); the caller must
-//! reap it. `resume`, `pause` and `status` may or may not have taken effect: ask `status`.
+//! instance's mark (see [`Monitor::find`]); the caller must reap it. `resume`, `pause` and `status`
+//! may or may not have taken effect: ask `status`. `save` leaves the machine paused and at most
+//! useless files in its folder. A machine whose `load` was dropped is to be killed.
 //! Every call has its own deadline and returns [`VmmError::Timeout`] instead of hanging.
 //!
-//! Who owns the memory image (`MachineDescription::memory`):
+//! Who owns the memory image (`MachineDescription::memory`, see [`crate::memory`]):
 //! - no VMM process: the engine;
 //! - VMM alive, CPUs never ran: the VMM maps it; nobody else may write;
-//! - running or paused: the VMM. The file changes under everybody's feet while running;
+//! - running: the VMM. The file changes under everybody's feet;
+//! - paused: the VMM, which does not write. After `save` the file holds the guest's whole memory, in the
+//!   page cache at least; making it durable is the engine's;
 //! - process gone: the engine again. After a run without a snapshot its content is worthless.
 use std::path::{Path, PathBuf};
 
@@ -149,6 +159,32 @@ pub trait Monitor: Send + Sync {
     /// sparse with mode 0600.
     async fn spawn(&self, machine: &MachineDescription) -> Result<Box<dyn Machine>, VmmError>;
 
+    /// Starts the VMM process of a saved machine and has it wait for [`Machine::load`]. The memory file is
+    /// mapped, not read; its size must be `memory_bytes`. On error nothing of it is left, except
+    /// that memory file, untouched.
+    async fn spawn_to_load(
+        &self,
+        machine: &MachineDescription,
+    ) -> Result<Box<dyn Machine>, VmmError>;
+
+    /// Whether this host's binary loads what `saved_version` of it saved from `machine`.
+    ///
+    /// # Errors
+    /// [`VmmError::Incompatible`] with both versions, [`VmmError::Missing`] without a usable binary.
+    async fn check_loads(
+        &self,
+        machine: &MachineDescription,
+        saved_version: &str,
+    ) -> Result<(), VmmError>;
+
+    /// Every VMM process of this instance, found by the mark it was started with, whether or not
+    /// any record names it.
+    async fn find(&self, id: &str) -> Result<Vec<ProcessId>, VmmError>;
+
+    /// SIGKILL to a process that [`Monitor::find`] named, then waits until it is gone (deadline 10 s). One
+    /// that is gone already is fine.
+    async fn kill(&self, process: &ProcessId) -> Result<(), VmmError>;
+
     /// Takes up a VMM process that an earlier server started. `Ok(None)` when that very process
     /// (pid, start time and boot id) is gone.
     async fn attach(
@@ -179,8 +215,32 @@ pub trait Machine: Send + Sync {
     /// Stops the CPUs. Returns when the VMM acknowledged.
     async fn pause(&self) -> Result<(), VmmError>;
 
+    /// Writes the paused machine's device state into `folder`, which exists and is empty, and brings the
+    /// memory file up to date. The machine stays paused and can be resumed afterwards, whatever
+    /// this returned. Nothing is fsynced: the caller does that for all files together.
+    ///
+    /// # Errors
+    /// [`VmmError::NoSpace`] with the bytes that were needed, when the disk is full.
+    async fn save(&self, folder: &Path) -> Result<Vec<SavedFile>, VmmError>;
+
+    /// Loads what [`Machine::save`] wrote into `folder` (after [`Monitor::spawn_to_load`]). Returns with
+    /// the machine paused, its CPUs not yet run. The control channel must be connected before: a VMM
+    /// that cannot hand on what its guest had written may stall.
+    async fn load(&self, folder: &Path) -> Result<(), VmmError>;
+
     /// SIGKILL, then waits until the process is gone (deadline 10 s). Idempotent.
     async fn kill(&self) -> Result<(), VmmError>;
+}
+
+/// A file of a saved machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedFile {
+    /// Relative to the folder; one component.
+    pub name: String,
+    /// Bytes.
+    pub size: u64,
+    /// SHA-256 of the content as it was meant to be written, lower-case hexadecimal.
+    pub sha256: String,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -196,6 +256,24 @@ pub enum VmmError {
     Refused {
         command: &'static str,
         message: String,
+    },
+    /// This host's binary cannot load what another version saved.
+    #[error(
+        "the snapshot was saved by {hypervisor} {saved} (machine type {machine_type}); this host has {here}, which cannot load it ({rule})"
+    )]
+    Incompatible {
+        hypervisor: &'static str,
+        machine_type: String,
+        saved: String,
+        here: String,
+        rule: &'static str,
+    },
+    /// The disk is full.
+    #[error("{what} needs {needed} bytes of disk, {available} are free")]
+    NoSpace {
+        what: String,
+        needed: u64,
+        available: u64,
     },
     #[error("{command}: no answer from the VMM within {seconds} s")]
     Timeout { command: &'static str, seconds: u64 },
