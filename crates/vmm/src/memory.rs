@@ -133,7 +133,10 @@ mod tests {
     fn a_file_of_another_size_is_named_with_both_sizes() {
         let dir = tempfile::tempdir().unwrap();
         let image = image(&dir);
-        assert_eq!(image.check_size(9).unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert_eq!(
+            image.check_size(9).unwrap_err().kind(),
+            io::ErrorKind::NotFound
+        );
         fs::write(&image.path, b"12345").unwrap();
         let e = image.check_size(9).unwrap_err().to_string();
         assert!(e.contains("5 bytes") && e.contains('9'), "{e}");

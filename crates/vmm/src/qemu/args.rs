@@ -188,14 +188,29 @@ fn is_mac(mac: &str) -> bool {
         })
 }
 
+/// Where guest memory and device state come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Origin {
+    Boot,
+    /// A saved machine: QEMU builds the same one and waits for `migrate-incoming`.
+    Saved,
+}
+
 /// The arguments for a description that passed [`check`].
-pub(super) fn build(machine: &MachineDescription, run_as: Option<&str>) -> Vec<OsString> {
+pub(super) fn build(
+    machine: &MachineDescription,
+    run_as: Option<&str>,
+    origin: Origin,
+) -> Vec<OsString> {
     let mut args = Args::default();
     args.process(machine, run_as);
     args.board(machine);
     args.boot(machine);
     args.consoles(machine);
     args.devices(machine);
+    if origin == Origin::Saved {
+        args.plain("-incoming", "defer");
+    }
     args.0
 }
 

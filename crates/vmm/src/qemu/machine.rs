@@ -8,17 +8,21 @@
 //!                                  '--> watch<MachineStatus>
 //! ```
 //!
+//! This side of the picture is here, the task in `keeper`.
+//!
 //! Invariants
 //! - The status is what QEMU answers to `query-status`, asked after every event and after every command,
 //!   *before* the command's caller hears of it: the watch never lags behind a call that returned.
 //! - `Gone` comes from the pidfd alone, and nothing is published after it.
 //! - A lost connection means nothing by itself: either the process ends, or we connect again and
-//!   repeat the request. `cont` and `stop` may be repeated: they name the state wanted.
+//!   repeat the request. `cont` and `stop` may be repeated: they name the state wanted. A save or a load is
+//!   not: it fails.
+//! - No command is sent while a migration that nobody waits for is under way: the task ends one that its
+//!   caller gave up, and one it finds on a new connection (an earlier server's, or its own), before all else.
 //! - Dropping the machine ends the task and closes the connection, so that the next one to attach is served.
 use std::{
     io,
     path::{Path, PathBuf},
-    pin::Pin,
     sync::Arc,
     time::Duration,
 };
@@ -27,51 +31,28 @@ use async_trait::async_trait;
 use doze_host::process::{ProcessHandle, ProcessId};
 use tokio::{
     sync::{mpsc, oneshot, watch},
-    time::{sleep, timeout},
+    time::timeout,
 };
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{
-    log,
-    qmp::{Cont, Qmp, QmpError, QueryStatus, RunState, Stop},
-};
-use crate::{Machine, MachineStatus, VmmError};
+use super::{log, migration, qmp::QueryStatus, state_file};
+use crate::{Machine, MachineStatus, SavedFile, VmmError};
+
+mod keeper;
+use keeper::{Answer, Keeper, Request, Wish, connect, for_caller, meaning, publish};
 
 /// For one exchange with a VMM that lives. `stop` flushes the disks first, which takes as long as the
 /// host's disk needs.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(30);
 
+/// For a save or a load as its caller sees it: the migration, and ending one that did not end by itself.
+const MIGRATION_DEADLINE: Duration = migration::DEADLINE.saturating_add(COMMAND_DEADLINE);
+
 /// For the process to be gone after SIGKILL (the contract's number).
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 
-/// Between attempts to connect to a socket that is not there (yet).
-const RETRY_FIRST: Duration = Duration::from_millis(2);
-const RETRY_MOST: Duration = Duration::from_millis(100);
-
-/// What the keeper is asked to do.
-#[derive(Debug, Clone, Copy)]
-enum Wish {
-    Cont,
-    Stop,
-    Status,
-}
-
-impl Wish {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Cont => "cont",
-            Self::Stop => "stop",
-            Self::Status => "query-status",
-        }
-    }
-}
-
-#[derive(Debug)]
-struct Request {
-    wish: Wish,
-    /// Closed when the caller gave up: then the wish is dropped.
-    answer: oneshot::Sender<Result<MachineStatus, VmmError>>,
-}
+/// A connection may break this long before the process that held it counts as gone.
+const END_DEADLINE: Duration = Duration::from_secs(1);
 
 /// Where the files of a machine are.
 #[derive(Debug, Clone)]
@@ -137,12 +118,11 @@ pub(super) async fn take_up(
     }))
 }
 
-/// A connection may break a moment before the process that held it counts as gone.
 async fn ended_or(
     process: &ProcessHandle,
     error: VmmError,
 ) -> Result<Option<QemuMachine>, VmmError> {
-    match timeout(Duration::from_secs(1), process.exited()).await {
+    match timeout(END_DEADLINE, process.exited()).await {
         Ok(Ok(())) => Ok(None),
         Ok(Err(e)) => Err(cannot_watch(e)),
         Err(_) => Err(error),
@@ -156,228 +136,32 @@ fn cannot_watch(source: io::Error) -> VmmError {
     }
 }
 
-/// A socket file proves nothing: it may be another machine's by a mistake in the records.
-fn check_peer(qmp: &Qmp, id: &ProcessId) -> Result<(), VmmError> {
-    let peer = qmp.peer_pid().map_err(|source| VmmError::Io {
-        context: "cannot ask who listens on the monitor socket".to_owned(),
-        source,
-    })?;
-    if peer == Some(id.pid) {
-        return Ok(());
-    }
-    Err(VmmError::Refused {
-        command: "connect",
-        message: format!(
-            "the monitor socket belongs to process {peer:?}, expected is {}",
-            id.pid
-        ),
-    })
-}
-
-/// Tries until the process answers; the caller bounds it. Nothing announces a listening socket (the file
-/// appears before `listen`), hence the attempts, at most ten a second.
-///
-/// # Errors
-/// Only when another process answers.
-async fn connect(path: &Path, id: &ProcessId) -> Result<Qmp, VmmError> {
-    let mut pause = RETRY_FIRST;
-    loop {
-        match Qmp::connect(path, COMMAND_DEADLINE).await {
-            Ok(qmp) => return check_peer(&qmp, id).map(|()| qmp),
-            Err(e) => tracing::trace!(path = %path.display(), error = %e, "not connected yet"),
-        }
-        sleep(pause).await;
-        pause = (pause * 2).min(RETRY_MOST);
-    }
-}
-
-/// `RunState` of qapi/run-state.json, from the point of view of who wants to use the guest.
-fn meaning(state: &RunState) -> MachineStatus {
-    match state.status.as_str() {
-        "prelaunch" | "inmigrate" | "preconfig" => MachineStatus::Prelaunch,
-        "running" => MachineStatus::Running,
-        "paused" | "suspended" | "debug" | "postmigrate" | "finish-migrate" | "save-vm"
-        | "restore-vm" | "colo" => MachineStatus::Paused,
-        "shutdown" => MachineStatus::Shutdown,
-        "internal-error" | "io-error" | "guest-panicked" | "watchdog" => MachineStatus::Failed,
-        unknown => {
-            tracing::warn!(status = unknown, "the VMM reports a state we do not know");
-            if state.running {
-                MachineStatus::Running
-            } else {
-                MachineStatus::Paused
-            }
-        }
-    }
-}
-
-fn for_caller(error: QmpError) -> VmmError {
-    match error {
-        QmpError::Lost(source) => VmmError::Io {
-            context: "the connection to the VMM was lost".to_owned(),
-            source,
-        },
-        QmpError::Refused { command, message } => VmmError::Refused { command, message },
-        QmpError::Timeout { command, deadline } => VmmError::Timeout {
-            command,
-            seconds: deadline.as_secs(),
-        },
-    }
-}
-
-/// `Gone` is final.
-fn publish(status: &watch::Sender<MachineStatus>, new: MachineStatus) {
-    status.send_if_modified(|now| {
-        let changes = *now != new && *now != MachineStatus::Gone;
-        if changes {
-            *now = new;
-        }
-        changes
-    });
-}
-
-/// The one that talks to QEMU.
-struct Keeper {
-    process: Arc<ProcessHandle>,
-    qmp_socket: PathBuf,
-    status: Arc<watch::Sender<MachineStatus>>,
-    inbox: mpsc::Receiver<Request>,
-    /// Taken from the inbox, not yet answered.
-    pending: Option<Request>,
-}
-
-/// Why a connection was left.
-enum Left {
-    Lost(io::Error),
-    ProcessGone,
-    MachineDropped,
-}
-
-impl Keeper {
-    async fn run(mut self, mut qmp: Qmp) {
-        let process = self.process.clone();
-        let mut gone = std::pin::pin!(until_gone(&process));
-        loop {
-            match self.serve(&mut qmp, gone.as_mut()).await {
-                Left::MachineDropped => return,
-                Left::ProcessGone => break,
-                Left::Lost(e) => {
-                    tracing::debug!(pid = process.id().pid, error = %e, "monitor connection lost");
-                }
-            }
-            qmp = tokio::select! {
-                biased;
-                () = gone.as_mut() => break,
-                qmp = connect(&self.qmp_socket, process.id()) => match qmp {
-                    Ok(qmp) => qmp,
-                    Err(e) => {
-                        // Nobody to talk to; requests run into their deadline. Killing still works.
-                        tracing::error!(pid = process.id().pid, error = %e, "no way back to the VMM");
-                        gone.as_mut().await;
-                        break;
-                    }
-                },
-            };
-        }
-        // Before the inbox closes: who finds it closed must find `Gone` published.
-        publish(&self.status, MachineStatus::Gone);
-    }
-
-    async fn serve(&mut self, qmp: &mut Qmp, mut gone: Pin<&mut impl Future<Output = ()>>) -> Left {
-        let mut stale = true;
-        loop {
-            if let Some(request) = self.pending.take() {
-                match self.fulfil(qmp, request).await {
-                    Ok(()) => stale = false,
-                    Err(e) => return Left::Lost(e),
-                }
-            }
-            if qmp.take_event_pending() || stale {
-                stale = false;
-                if let Err(QmpError::Lost(e)) = self.refresh(qmp).await {
-                    return Left::Lost(e);
-                }
-            }
-            tokio::select! {
-                biased;
-                () = gone.as_mut() => return Left::ProcessGone,
-                request = self.inbox.recv() => match request {
-                    Some(request) => self.pending = Some(request),
-                    None => return Left::MachineDropped,
-                },
-                event = qmp.event() => match event {
-                    Ok(_) => stale = true,
-                    Err(QmpError::Lost(e)) => return Left::Lost(e),
-                    Err(e) => tracing::warn!(error = %e, "while waiting for events"),
-                },
-            }
-        }
-    }
-
-    /// Answers the request, or keeps it for the next connection when this one breaks.
-    async fn fulfil(&mut self, qmp: &mut Qmp, request: Request) -> io::Result<()> {
-        if request.answer.is_closed() {
-            return Ok(());
-        }
-        let done = match request.wish {
-            Wish::Cont => qmp.execute(&Cont {}, COMMAND_DEADLINE).await.map(drop),
-            Wish::Stop => qmp.execute(&Stop {}, COMMAND_DEADLINE).await.map(drop),
-            Wish::Status => Ok(()),
-        };
-        // Also after a refusal or a timeout: the command may have had an effect.
-        let state = match &done {
-            Err(QmpError::Lost(_)) => None,
-            Ok(()) | Err(_) => Some(self.refresh(qmp).await),
-        };
-        let answer = match (done, state) {
-            (Err(QmpError::Lost(e)), _) | (_, Some(Err(QmpError::Lost(e)))) => {
-                self.pending = Some(request);
-                return Err(e);
-            }
-            (Err(e), _) | (Ok(()), Some(Err(e))) => Err(for_caller(e)),
-            (Ok(()), Some(Ok(status))) => Ok(status),
-            (Ok(()), None) => Ok(*self.status.borrow()),
-        };
-        // The caller may have given up meanwhile; the watch tells it what happened.
-        let _ = request.answer.send(answer);
-        Ok(())
-    }
-
-    async fn refresh(&self, qmp: &mut Qmp) -> Result<MachineStatus, QmpError> {
-        let state = qmp.execute(&QueryStatus {}, COMMAND_DEADLINE).await;
-        if let Err(e) = &state {
-            tracing::warn!(pid = self.process.id().pid, error = %e, "cannot ask the VMM's status");
-        }
-        let status = meaning(&state?);
-        publish(&self.status, status);
-        Ok(status)
-    }
-}
-
-/// Resolves when the process is gone, whatever it takes to notice.
-async fn until_gone(process: &ProcessHandle) {
-    while let Err(e) = process.exited().await {
-        // Out of descriptors, most likely; a later attempt may find one.
-        tracing::error!(pid = process.id().pid, error = %e, "cannot watch the VMM process");
-        sleep(Duration::from_secs(1)).await;
-    }
-}
-
 impl QemuMachine {
-    async fn ask(&self, wish: Wish) -> Result<MachineStatus, VmmError> {
+    async fn wish(&self, wish: Wish) -> Result<MachineStatus, VmmError> {
+        let request = |answer| Request::Wish { wish, answer };
+        self.ask(wish.name(), COMMAND_DEADLINE, request).await
+    }
+
+    async fn ask<T>(
+        &self,
+        command: &'static str,
+        deadline: Duration,
+        request: impl FnOnce(Answer<T>) -> Request,
+    ) -> Result<T, VmmError> {
         let (answer, heard) = oneshot::channel();
         let exchange = async {
             // Both fail only when the keeper ended, and it ends with the process.
-            self.requests.send(Request { wish, answer }).await.ok()?;
+            self.requests.send(request(answer)).await.ok()?;
             heard.await.ok()
         };
-        // Twice: a request in front of ours has a deadline of its own.
-        match timeout(2 * COMMAND_DEADLINE, exchange).await {
+        // A request in front of ours, given up by its caller, has a deadline of its own.
+        let deadline = deadline + COMMAND_DEADLINE;
+        match timeout(deadline, exchange).await {
             Ok(Some(answer)) => answer,
-            Ok(None) => Err(self.exited(wish.name())),
+            Ok(None) => Err(self.exited(command)),
             Err(_) => Err(VmmError::Timeout {
-                command: wish.name(),
-                seconds: 2 * COMMAND_DEADLINE.as_secs(),
+                command,
+                seconds: deadline.as_secs(),
             }),
         }
     }
@@ -405,7 +189,7 @@ impl Machine for QemuMachine {
     }
 
     async fn status(&self) -> Result<MachineStatus, VmmError> {
-        match self.ask(Wish::Status).await {
+        match self.wish(Wish::Status).await {
             Err(VmmError::Exited { .. }) => Ok(MachineStatus::Gone),
             other => other,
         }
@@ -413,11 +197,11 @@ impl Machine for QemuMachine {
 
     async fn resume(&self) -> Result<(), VmmError> {
         // The guest may have powered off by the time of the answer: it was resumed all the same.
-        self.ask(Wish::Cont).await.map(drop)
+        self.wish(Wish::Cont).await.map(drop)
     }
 
     async fn pause(&self) -> Result<(), VmmError> {
-        match self.ask(Wish::Stop).await? {
+        match self.wish(Wish::Stop).await? {
             MachineStatus::Paused | MachineStatus::Prelaunch => Ok(()),
             // QEMU acknowledges `stop` in any state.
             other => Err(VmmError::Refused {
@@ -427,11 +211,38 @@ impl Machine for QemuMachine {
         }
     }
 
+    async fn save(&self, folder: &Path) -> Result<Vec<SavedFile>, VmmError> {
+        let request = |answer| Request::Save { answer };
+        let state = self.ask("save", MIGRATION_DEADLINE, request).await?;
+        let folder = folder.to_owned();
+        let written = blocking(move || state_file::write(&folder, &state)).await?;
+        Ok(vec![written])
+    }
+
+    async fn load(&self, folder: &Path) -> Result<(), VmmError> {
+        let folder = folder.to_owned();
+        let state = blocking(move || state_file::read(&folder)).await?;
+        let request = |answer| Request::Load { state, answer };
+        self.ask("load", MIGRATION_DEADLINE, request).await
+    }
+
     async fn kill(&self) -> Result<(), VmmError> {
         end(&self.process).await?;
         publish(&self.status, MachineStatus::Gone);
         Ok(())
     }
+}
+
+/// Runs what waits for a disk or for /proc where waiting is allowed.
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, VmmError> + Send + 'static,
+) -> Result<T, VmmError> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|e| {
+        Err(VmmError::Io {
+            context: "a background thread ended early".to_owned(),
+            source: io::Error::other(e),
+        })
+    })
 }
 
 /// SIGKILL, then waits until the process is gone.

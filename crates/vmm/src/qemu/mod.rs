@@ -5,22 +5,28 @@
 //! | `probe` | which binary, what it can do |
 //! | `args` | description -> command line |
 //! | `qmp` | the monitor protocol |
+//! | `migration` | device state out and in |
+//! | `state_file` | the file it is kept in |
+//! | `compatible` | which version loads what another saved |
 //! | `spawn` | starting a process, and leaving nothing behind when that fails |
 //! | `machine` | the live process |
 //! | `log` | last words for error messages |
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use doze_host::process::{ProcessHandle, ProcessId};
+use doze_host::process::{ProcessHandle, ProcessId, find_marked};
 
 use crate::{Accel, Hypervisor, Machine, MachineDescription, Monitor, Probe, VmmError};
 
 mod args;
+mod compatible;
 mod log;
 mod machine;
+mod migration;
 mod probe;
 mod qmp;
 mod spawn;
+mod state_file;
 
 /// Name of the virtio-serial port that carries the control channel. The guest's agent looks for this name: it
 /// is the agent protocol's `CONTROL_PORT`, repeated because a monitor does not depend on the agent.
@@ -99,6 +105,19 @@ struct Qemu {
     prober: probe::Prober,
 }
 
+impl Qemu {
+    async fn launch(
+        &self,
+        machine: &MachineDescription,
+        origin: args::Origin,
+    ) -> Result<Box<dyn Machine>, VmmError> {
+        args::check(self.kind, machine)?;
+        let binary = self.prober.binary()?;
+        let machine = spawn::spawn(binary, machine, self.run_as.as_deref(), origin).await?;
+        Ok(Box::new(machine))
+    }
+}
+
 #[async_trait]
 impl Monitor for Qemu {
     fn hypervisor(&self) -> Hypervisor {
@@ -114,10 +133,48 @@ impl Monitor for Qemu {
     }
 
     async fn spawn(&self, machine: &MachineDescription) -> Result<Box<dyn Machine>, VmmError> {
+        self.launch(machine, args::Origin::Boot).await
+    }
+
+    async fn spawn_to_load(
+        &self,
+        machine: &MachineDescription,
+    ) -> Result<Box<dyn Machine>, VmmError> {
+        self.launch(machine, args::Origin::Saved).await
+    }
+
+    async fn check_loads(
+        &self,
+        machine: &MachineDescription,
+        saved_version: &str,
+    ) -> Result<(), VmmError> {
         args::check(self.kind, machine)?;
-        let binary = self.prober.binary()?;
-        let machine = spawn::spawn(binary, machine, self.run_as.as_deref()).await?;
-        Ok(Box::new(machine))
+        let (here, machines) = self.prober.versions().await?;
+        compatible::check(
+            self.kind,
+            &machine.machine_type,
+            saved_version,
+            &here,
+            &machines,
+        )
+    }
+
+    async fn find(&self, id: &str) -> Result<Vec<ProcessId>, VmmError> {
+        let mark = mark(id);
+        machine::blocking(move || {
+            find_marked(&mark).map_err(|source| VmmError::Io {
+                context: format!("cannot look for VMM processes marked {mark:?}"),
+                source,
+            })
+        })
+        .await
+    }
+
+    async fn kill(&self, process: &ProcessId) -> Result<(), VmmError> {
+        match open(process)? {
+            Some(handle) => machine::end(&handle).await,
+            None => Ok(()),
+        }
     }
 
     async fn attach(
@@ -125,11 +182,7 @@ impl Monitor for Qemu {
         machine: &MachineDescription,
         process: &ProcessId,
     ) -> Result<Option<Box<dyn Machine>>, VmmError> {
-        let found = ProcessHandle::open(process).map_err(|source| VmmError::Io {
-            context: format!("cannot look for the VMM process {}", process.pid),
-            source,
-        })?;
-        let Some(handle) = found else {
+        let Some(handle) = open(process)? else {
             return Ok(None);
         };
         let taken = machine::take_up(
@@ -143,4 +196,11 @@ impl Monitor for Qemu {
             .await?
             .map(|machine| Box::new(machine) as Box<dyn Machine>))
     }
+}
+
+fn open(process: &ProcessId) -> Result<Option<ProcessHandle>, VmmError> {
+    ProcessHandle::open(process).map_err(|source| VmmError::Io {
+        context: format!("cannot look for the VMM process {}", process.pid),
+        source,
+    })
 }

@@ -106,6 +106,12 @@ impl Prober {
         self.pick_machine_type(&self.answers().await?)
     }
 
+    /// The binary's version and the machine types it offers.
+    pub async fn versions(&self) -> Result<(String, Vec<String>), VmmError> {
+        let answers = self.answers().await?;
+        Ok((answers.version, answers.machines))
+    }
+
     fn pick_machine_type(&self, answers: &Answers) -> Result<String, VmmError> {
         let picked = match self.kind {
             Hypervisor::QemuMicrovm => answers.machines.iter().find(|name| *name == "microvm"),
@@ -242,7 +248,7 @@ fn parse_version(text: &str) -> Option<String> {
 }
 
 /// The leading dotted numbers; a suffix such as `-rc1` ends them.
-fn numbers(version: &str) -> Option<Vec<u32>> {
+pub(super) fn numbers(version: &str) -> Option<Vec<u32>> {
     let digits = version
         .split(|c: char| !(c.is_ascii_digit() || c == '.'))
         .next()?;

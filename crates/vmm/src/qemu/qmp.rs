@@ -17,12 +17,19 @@
 //!
 //! Invariants: answers are told apart by `id`, so the late answer to a command that was given up is
 //! dropped, never taken for another's. Every wait has a deadline.
-use std::{io, path::Path, time::Duration};
+use std::{
+    io::{self, IoSlice},
+    mem::MaybeUninit,
+    os::fd::{AsFd, BorrowedFd},
+    path::Path,
+    time::Duration,
+};
 
 use futures::{SinkExt, StreamExt};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
-use tokio::{net::UnixStream, time::timeout};
+use tokio::{io::Interest, net::UnixStream, time::timeout};
 use tokio_util::codec::{Framed, LinesCodec, LinesCodecError};
 
 /// Longest line taken from the VMM. The largest answer known (`query-qmp-schema`) has 200 KiB.
@@ -167,7 +174,7 @@ impl Qmp {
         command: &C,
         deadline: Duration,
     ) -> Result<C::Answer, QmpError> {
-        timeout(deadline, self.exchange(command))
+        timeout(deadline, self.exchange(command, None))
             .await
             .map_err(|_| QmpError::Timeout {
                 command: C::NAME,
@@ -175,7 +182,26 @@ impl Qmp {
             })?
     }
 
-    async fn exchange<C: Command>(&mut self, command: &C) -> Result<C::Answer, QmpError> {
+    /// As [`Qmp::execute`], with a descriptor for QEMU to keep (SCM_RIGHTS of unix(7)).
+    pub async fn execute_with<C: Command>(
+        &mut self,
+        command: &C,
+        descriptor: impl AsFd,
+        deadline: Duration,
+    ) -> Result<C::Answer, QmpError> {
+        timeout(deadline, self.exchange(command, Some(descriptor.as_fd())))
+            .await
+            .map_err(|_| QmpError::Timeout {
+                command: C::NAME,
+                deadline,
+            })?
+    }
+
+    async fn exchange<C: Command>(
+        &mut self,
+        command: &C,
+        descriptor: Option<BorrowedFd<'_>>,
+    ) -> Result<C::Answer, QmpError> {
         let id = self.next_id;
         self.next_id += 1;
         let malformed = |e: serde_json::Error| QmpError::Refused {
@@ -185,7 +211,10 @@ impl Qmp {
         let arguments = serde_json::to_value(command).map_err(malformed)?;
         let line =
             serde_json::json!({ "execute": C::NAME, "arguments": arguments, "id": id }).to_string();
-        self.lines.send(line).await.map_err(lost)?;
+        match descriptor {
+            None => self.lines.send(line).await.map_err(lost)?,
+            Some(descriptor) => self.send_with(line, descriptor).await?,
+        }
         loop {
             let message = self.message().await?;
             if message.event.is_some() {
@@ -202,6 +231,37 @@ impl Qmp {
                     .map_err(malformed);
             }
         }
+    }
+
+    /// The descriptor travels with the first bytes of the line, and QEMU takes the last one that came. What
+    /// the socket does not take at once goes through the buffer, so that a line given up half way
+    /// is still completed before the next.
+    async fn send_with(
+        &mut self,
+        mut line: String,
+        descriptor: BorrowedFd<'_>,
+    ) -> Result<(), QmpError> {
+        line.push('\n');
+        SinkExt::<&str>::flush(&mut self.lines)
+            .await
+            .map_err(lost)?;
+        let stream = self.lines.get_ref();
+        let sent = stream
+            .async_io(Interest::WRITABLE, || {
+                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+                let descriptors = [descriptor];
+                let mut rights = SendAncillaryBuffer::new(&mut space);
+                if !rights.push(SendAncillaryMessage::ScmRights(&descriptors)) {
+                    return Err(io::Error::other("no room for a descriptor"));
+                }
+                let bytes = [IoSlice::new(line.as_bytes())];
+                Ok(sendmsg(stream, &bytes, &mut rights, SendFlags::NOSIGNAL)?)
+            })
+            .await
+            .map_err(QmpError::Lost)?;
+        let rest = &line.as_bytes()[sent.min(line.len())..];
+        self.lines.write_buffer_mut().extend_from_slice(rest);
+        SinkExt::<&str>::flush(&mut self.lines).await.map_err(lost)
     }
 
     /// Whether an event came while a command was under way; forgets it.

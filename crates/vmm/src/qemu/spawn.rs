@@ -5,10 +5,10 @@
 //!                             |             |                |
 //!                          remove       kill, reap      remove sockets          on failure
 //! ```
+//!
+//! A saved machine's memory file is neither made nor removed, only measured.
 use std::{
-    fs::OpenOptions,
     io,
-    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -17,7 +17,8 @@ use std::{
 use doze_host::process::{Detached, ProcessHandle, spawn_detached};
 
 use super::{
-    args, log,
+    args::{self, Origin},
+    log,
     machine::{Places, QemuMachine, end, take_up},
     mark,
 };
@@ -46,6 +47,7 @@ pub(super) async fn spawn(
     binary: PathBuf,
     machine: &MachineDescription,
     run_as: Option<&str>,
+    origin: Origin,
 ) -> Result<QemuMachine, VmmError> {
     if let Some(nic) = &machine.nic {
         require_link(&nic.tap)?;
@@ -53,16 +55,16 @@ pub(super) async fn spawn(
     remove_sockets(machine)?;
     let log_start = log::length(&machine.vmm_log)
         .map_err(|e| io_error("cannot inspect the log", &machine.vmm_log, e))?;
-    create_memory(&machine.memory.path, machine.memory_bytes)?;
+    prepare_memory(machine, origin)?;
     let started = spawn_detached(&Detached {
         program: binary.clone(),
-        args: args::build(machine, run_as),
+        args: args::build(machine, run_as, origin),
         log: machine.vmm_log.clone(),
         mark: mark(&machine.id),
     });
     let process = match started {
         Ok(process) => Arc::new(process),
-        Err(e) => return Err(undo(machine, None, cannot_start(&binary, e)).await),
+        Err(e) => return Err(undo(machine, origin, None, cannot_start(&binary, e)).await),
     };
     let taken = take_up(
         process.clone(),
@@ -85,7 +87,7 @@ pub(super) async fn spawn(
         },
         Err(e) => e,
     };
-    Err(undo(machine, Some(&process), failure).await)
+    Err(undo(machine, origin, Some(&process), failure).await)
 }
 
 fn cannot_start(binary: &Path, source: io::Error) -> VmmError {
@@ -116,41 +118,27 @@ fn require_link(name: &str) -> Result<(), VmmError> {
     })
 }
 
-/// Sparse, mode 0600. Not fsynced: without a snapshot its content is worth nothing.
-fn create_memory(path: &Path, size: u64) -> Result<(), VmmError> {
-    let file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(path)
-        .map_err(|e| io_error("cannot create the memory file", path, e))?;
-    let existing = file
-        .metadata()
-        .map_err(|e| io_error("cannot inspect the memory file", path, e))?
-        .len();
-    if existing != 0 {
-        return Err(VmmError::Unsupported(format!(
-            "memory file {} has {existing} bytes, it must be empty or absent; it may be a saved machine's",
-            path.display()
-        )));
-    }
-    let Err(source) = file.set_len(size) else {
-        return Ok(());
+fn prepare_memory(machine: &MachineDescription, origin: Origin) -> Result<(), VmmError> {
+    let done = match origin {
+        Origin::Boot => machine.memory.create(machine.memory_bytes),
+        Origin::Saved => machine.memory.check_size(machine.memory_bytes),
     };
-    let mut context = format!(
-        "cannot give the memory file {} {size} bytes",
-        path.display()
-    );
-    if let Err(e) = remove(path) {
-        context.push_str(&format!("; and cleaning up failed: {e}"));
-    }
-    Err(VmmError::Io { context, source })
+    done.map_err(|e| match e.kind() {
+        io::ErrorKind::AlreadyExists | io::ErrorKind::InvalidData => {
+            VmmError::Unsupported(e.to_string())
+        }
+        _ => VmmError::Io {
+            context: "guest memory".to_owned(),
+            source: e,
+        },
+    })
 }
 
-/// Takes everything back. A failure to do so is kept beside its cause.
+/// Takes everything back; a saved machine's memory is not ours to take. A failure to do so is kept beside
+/// its cause.
 async fn undo(
     machine: &MachineDescription,
+    origin: Origin,
     process: Option<&ProcessHandle>,
     cause: VmmError,
 ) -> VmmError {
@@ -163,7 +151,9 @@ async fn undo(
     if let Err(e) = remove_sockets(machine) {
         left.push(e.to_string());
     }
-    if let Err(e) = remove(&machine.memory.path) {
+    if origin == Origin::Boot
+        && let Err(e) = remove(&machine.memory.path)
+    {
         left.push(e.to_string());
     }
     if left.is_empty() {

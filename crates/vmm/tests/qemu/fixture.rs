@@ -1,6 +1,7 @@
 //! A real machine for a test, with everything it leaves cleaned up also when the test fails.
 use std::{
     fs,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     process::Command,
     sync::{Arc, OnceLock},
@@ -17,8 +18,11 @@ use doze_vmm::{
     boot::{BootFiles, KernelSource, prepare},
     qemu::{self, QemuConfig, monitor},
 };
+use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 use tokio::{io::AsyncReadExt, io::AsyncWriteExt, net::UnixStream};
+
+const INSIDE: &str = "DOZE_VMM_TEST_INSIDE_NAMESPACE";
 
 /// Nothing here takes that long; a machine under load may take much longer than usual.
 pub const PATIENCE: Duration = Duration::from_secs(120);
@@ -178,6 +182,71 @@ impl Bench {
         stream
     }
 
+    /// Sends one letter to the guest and waits until it answers that all is well.
+    pub async fn ask(&self, letter: u8) -> UnixStream {
+        let mut stream = self.command(letter).await;
+        assert_eq!(
+            read_byte(&mut stream).await,
+            b'E',
+            "the guest's answer to {:?}",
+            char::from(letter)
+        );
+        stream
+    }
+
+    /// A connection to the control channel, nothing sent.
+    pub async fn connect(&self) -> UnixStream {
+        UnixStream::connect(self.folder.path().join("agent.sock"))
+            .await
+            .unwrap()
+    }
+
+    /// An empty folder for a saved machine.
+    pub fn new_folder(&self, name: &str) -> PathBuf {
+        let folder = self.folder.path().join(name);
+        fs::create_dir(&folder).unwrap();
+        folder
+    }
+
+    /// What guest memory holds, holes and zeros being the same.
+    pub fn memory_hash(&self) -> String {
+        let mut file = fs::File::open(&self.machine.memory.path).unwrap();
+        let mut hash = Sha256::new();
+        std::io::copy(&mut file, &mut hash).unwrap();
+        hex::encode(hash.finalize())
+    }
+
+    /// Bytes of disk that guest memory takes.
+    pub fn memory_allocated(&self) -> u64 {
+        fs::metadata(&self.machine.memory.path).unwrap().blocks() * 512
+    }
+
+    /// Waits for a process that takes up what was saved in `folder`; the channel is connected.
+    pub async fn load(&self, folder: &Path) -> (Box<dyn Machine>, UnixStream) {
+        let machine = self.monitor.spawn_to_load(&self.machine).await.unwrap();
+        assert_eq!(*machine.watch().borrow(), MachineStatus::Prelaunch);
+        let channel = self.connect().await;
+        machine.load(folder).await.unwrap();
+        assert_eq!(*machine.watch().borrow(), MachineStatus::Paused);
+        (machine, channel)
+    }
+
+    /// The guest counted on and on, whichever process ran it, and goes on now.
+    pub async fn assert_counts_on(&self) {
+        let before = self.ticks();
+        self.wait("more ticks", |bench| bench.ticks() > before + 1)
+            .await;
+        let log = self.log();
+        let counted: Vec<usize> = log
+            .lines()
+            .filter_map(|line| line.trim().strip_prefix("test: tick "))
+            .filter_map(|number| number.parse().ok())
+            .collect();
+        // The last line may be half written: its number is not the whole one.
+        let whole = &counted[..counted.len() - 1];
+        assert_eq!(whole, (0..whole.len()).collect::<Vec<_>>(), "{log}");
+    }
+
     pub fn ticks(&self) -> usize {
         self.log().matches("test: tick").count()
     }
@@ -199,6 +268,26 @@ impl Drop for Bench {
             }
         }
     }
+}
+
+/// Runs this test again under `unshare` with these options, in namespaces that end with it; `true` when we are
+/// inside.
+pub fn inside_namespace(options: &str, test: &str) -> bool {
+    if std::env::var_os(INSIDE).is_some() {
+        return true;
+    }
+    let status = Command::new("unshare")
+        .arg(options)
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture"])
+        .env(INSIDE, "1")
+        .status()
+        .unwrap();
+    assert!(
+        status.success(),
+        "{test} failed inside its namespace (needs root)"
+    );
+    false
 }
 
 /// Waits until the watch shows this status.

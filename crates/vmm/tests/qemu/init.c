@@ -1,7 +1,7 @@
 /* PID 1 of the test guest: loads the modules of the initramfs in the order of their names, reports what
  * it sees on the console, then ticks and obeys single letters from the control port:
- * p power off, r reboot, c crash (PID 1 ends: the kernel panics), e echo, m fill 64 MiB and answer,
- * f free them and answer. */
+ * p power off, r reboot, c crash (PID 1 ends: the kernel panics), e echo, m or M fill 64 or 300 MiB with a
+ * pattern and answer, v answer E if the pattern is there, else B, f free them and answer. */
 #include <dirent.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -74,10 +74,17 @@ static int open_port(const char *wanted)
 	return -1;
 }
 
+/* Every word differs, from its neighbour and from its place in another page. */
+static unsigned long pattern(size_t i)
+{
+	return (i + 1) * 0x9e3779b97f4a7c15ul;
+}
+
 int main(void)
 {
-	char uptime[100], *filled = 0;
-	const size_t size = 64 << 20;
+	char uptime[100];
+	unsigned long *filled = 0;
+	size_t size = 0;
 	mount("proc", "/proc", "proc", 0, 0);
 	mount("sysfs", "/sys", "sysfs", 0, 0);
 	mount("dev", "/dev", "devtmpfs", 0, 0);
@@ -103,13 +110,21 @@ int main(void)
 			reboot(RB_AUTOBOOT);
 		if (c == 'c')
 			return 1;
-		if (c == 'm') {
+		if (c == 'm' || c == 'M') {
+			size = (c == 'm' ? 64ul : 300ul) << 20;
 			filled = mmap(0, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-			memset(filled, 0x5a, size);
+			for (size_t w = 0; w < size / sizeof *filled; w++)
+				filled[w] = pattern(w);
+		}
+		if (c == 'v') {
+			size_t w = 0;
+			while (w < size / sizeof *filled && filled[w] == pattern(w))
+				w++;
+			write(control, size && w == size / sizeof *filled ? "E" : "B", 1);
 		}
 		if (c == 'f')
 			munmap(filled, size);
-		if (c == 'e' || c == 'm' || c == 'f')
+		if (c == 'e' || c == 'm' || c == 'M' || c == 'f')
 			write(control, "E", 1);
 	}
 }

@@ -8,14 +8,6 @@ use tokio::io::AsyncWriteExt;
 
 use crate::fixture::{Bench, PATIENCE, read_byte, report, tcg, wait_status};
 
-/// Every case on both boards.
-macro_rules! on_both_boards {
-    ($($case:ident)*) => {
-        mod q35 { $(#[tokio::test] async fn $case() { super::$case(doze_vmm::Hypervisor::Qemu).await; })* }
-        mod microvm { $(#[tokio::test] async fn $case() { super::$case(doze_vmm::Hypervisor::QemuMicrovm).await; })* }
-    };
-}
-
 on_both_boards! {
     boots_pauses_resumes_and_powers_off
     sees_its_devices_and_keeps_its_memory_sparse

@@ -3,32 +3,17 @@ use std::process::Command;
 
 use doze_vmm::{Hypervisor, Nic};
 
-use crate::fixture::{Bench, tcg};
-
-const INSIDE: &str = "DOZE_VMM_TEST_INSIDE_NAMESPACE";
-
-/// Runs this test again in a namespace that ends with it; `true` when we are inside.
-fn inside_namespace(test: &str) -> bool {
-    if std::env::var_os(INSIDE).is_some() {
-        return true;
-    }
-    let status = Command::new("unshare")
-        .arg("-n")
-        .arg(std::env::current_exe().unwrap())
-        .args(["--exact", test, "--nocapture"])
-        .env(INSIDE, "1")
-        .status()
-        .unwrap();
-    assert!(
-        status.success(),
-        "{test} failed inside its network namespace (needs root)"
-    );
-    false
-}
+use crate::fixture::{Bench, inside_namespace, tcg};
 
 fn ip(args: &str) {
     let status = Command::new("ip").args(args.split(' ')).status().unwrap();
     assert!(status.success(), "ip {args}");
+}
+
+/// A TAP has one while somebody holds it open.
+fn has_carrier(tap: &str) -> bool {
+    let shown = Command::new("ip").args(["link", "show", tap]).output();
+    String::from_utf8_lossy(&shown.unwrap().stdout).contains("LOWER_UP")
 }
 
 async fn guest_has_its_nic(kind: Hypervisor) {
@@ -48,12 +33,16 @@ async fn guest_has_its_nic(kind: Hypervisor) {
         "{}",
         bench.log()
     );
-    let carrier = Command::new("ip")
-        .args(["link", "show", "dozetap0"])
-        .output()
-        .unwrap();
-    let carrier = String::from_utf8_lossy(&carrier.stdout).into_owned();
-    assert!(carrier.contains("LOWER_UP"), "{carrier}");
+    assert!(has_carrier("dozetap0"));
+    // A saved machine takes up the same TAP.
+    machine.pause().await.unwrap();
+    let folder = bench.new_folder("saved");
+    machine.save(&folder).await.unwrap();
+    machine.kill().await.unwrap();
+    let (machine, _channel) = bench.load(&folder).await;
+    machine.resume().await.unwrap();
+    bench.assert_counts_on().await;
+    assert!(has_carrier("dozetap0"));
     machine.kill().await.unwrap();
     // Persistent: it stays for the next run.
     ip("link show dozetap0");
@@ -62,14 +51,14 @@ async fn guest_has_its_nic(kind: Hypervisor) {
 
 #[tokio::test]
 async fn q35_guest_has_its_nic() {
-    if inside_namespace("network::q35_guest_has_its_nic") {
+    if inside_namespace("-n", "network::q35_guest_has_its_nic") {
         guest_has_its_nic(Hypervisor::Qemu).await;
     }
 }
 
 #[tokio::test]
 async fn microvm_guest_has_its_nic() {
-    if inside_namespace("network::microvm_guest_has_its_nic") {
+    if inside_namespace("-n", "network::microvm_guest_has_its_nic") {
         guest_has_its_nic(Hypervisor::QemuMicrovm).await;
     }
 }

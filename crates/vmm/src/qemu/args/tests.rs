@@ -40,7 +40,7 @@ fn description(hypervisor: Hypervisor, accel: Accel) -> MachineDescription {
 /// One option a line.
 fn shown(machine: &MachineDescription, run_as: Option<&str>) -> String {
     let mut text = String::new();
-    for arg in build(machine, run_as) {
+    for arg in build(machine, run_as, Origin::Boot) {
         let arg = arg.into_string().unwrap();
         text.push_str(if arg.starts_with('-') { "\n" } else { " " });
         text.push_str(&arg);
@@ -154,6 +154,17 @@ fn acceleration_user_and_odd_paths() {
         assert!(text.contains(option), "{option:?} is not in {text}");
     }
     assert!(!text.contains("tcg"));
+}
+
+/// Device state fits only the machine it was saved from.
+#[test]
+fn a_saved_machine_is_built_like_the_one_that_booted_and_waits() {
+    for hypervisor in [Hypervisor::Qemu, Hypervisor::QemuMicrovm] {
+        let machine = description(hypervisor, Accel::Tcg);
+        let mut booted = build(&machine, Some("doze"), Origin::Boot);
+        booted.extend(["-incoming".into(), "defer".into()]);
+        assert_eq!(build(&machine, Some("doze"), Origin::Saved), booted);
+    }
 }
 
 #[test]

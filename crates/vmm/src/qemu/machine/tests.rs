@@ -59,6 +59,13 @@ impl Peer {
         self.send(json!({ "return": answer, "id": id })).await;
     }
 
+    /// What the keeper asks on each new connection, and its first look.
+    async fn settled(&mut self, status: &str) {
+        self.status(status).await;
+        self.answer("query-migrate", json!({})).await;
+        self.status(status).await;
+    }
+
     async fn status(&mut self, status: &str) {
         let answer = json!({ "status": status, "running": status == "running" });
         self.answer("query-status", answer).await;
@@ -97,6 +104,7 @@ impl Stage {
             peer
         };
         let (machine, mut peer) = tokio::join!(self.take_up(&ours), monitor);
+        peer.settled(status).await;
         peer.status(status).await;
         (machine.unwrap().unwrap(), peer)
     }
@@ -110,6 +118,7 @@ async fn a_request_survives_a_lost_connection() {
         peer.expect("cont").await;
         drop(peer);
         let mut peer = Peer::accept(&stage.listener).await;
+        peer.settled("prelaunch").await;
         peer.answer("cont", json!({})).await;
         peer.status("running").await;
         peer
