@@ -79,7 +79,6 @@ pub enum ExecPolicy {
 
 #[derive(Debug, Clone)]
 pub struct Limits {
-
     /// Instances that exist at most.
     pub max_instances: usize,
     /// vCPUs of one instance at most.

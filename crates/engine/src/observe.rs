@@ -78,9 +78,12 @@ async fn changed(instance: &mut Instance) {
         }
     };
     let answer = async {
-        match live.proof.as_mut() {
-            Some(proof) if proof.answer.changed().await.is_ok() => {}
-            Some(_) | None => std::future::pending().await,
+        let told = match live.proof.as_mut() {
+            Some(proof) => proof.answer.changed().await.is_ok(),
+            None => false,
+        };
+        if !told {
+            std::future::pending::<()>().await;
         }
     };
     tokio::select! {

@@ -5,14 +5,14 @@ use std::{
     time::Duration,
 };
 
-use doze_host::net::Subnet;
 use doze_engine::ExecPolicy;
+use doze_host::net::Subnet;
 use doze_vmm::{Accel, Hypervisor, MemoryBacking};
 use tracing_subscriber::EnvFilter;
 
 use super::{
-    Auth, Config, HypervisorConfig, Images, Kernel, Limits, Log, LogFormat, Memory, Network, Secret,
-    Standby,
+    Auth, Config, HypervisorConfig, Images, Kernel, Limits, Log, LogFormat, Memory, Network,
+    Secret, Standby,
     reader::Reader,
     value::{Read, Value},
 };

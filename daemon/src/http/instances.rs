@@ -8,8 +8,8 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use doze_api::{
-    CreateInstanceRequest, Instance, InstanceState, StandbyInstanceRequest,
-    StartInstanceRequest, WaitForStateResponse,
+    CreateInstanceRequest, Instance, InstanceState, StandbyInstanceRequest, StartInstanceRequest,
+    WaitForStateResponse,
 };
 
 use super::{
@@ -146,10 +146,7 @@ pub(super) async fn start(
     query.finish("none")?;
     let discard_memory = request.discard_memory;
     let overrides = convert::create::start(request)?;
-    let view = state
-        .engine()
-        .start(&id, overrides, discard_memory)
-        .await?;
+    let view = state.engine().start(&id, overrides, discard_memory).await?;
     Ok(Json(convert::instance::instance(
         &view,
         &doze_engine::now(),

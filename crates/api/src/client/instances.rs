@@ -5,8 +5,8 @@ use reqwest::Method;
 
 use super::{Client, ClientError};
 use crate::{
-    CreateInstanceRequest, Instance, InstanceState, StandbyInstanceRequest,
-    StartInstanceRequest, WaitForStateResponse,
+    CreateInstanceRequest, Instance, InstanceState, StandbyInstanceRequest, StartInstanceRequest,
+    WaitForStateResponse,
 };
 
 /// Which instances to list; all conditions must hold.

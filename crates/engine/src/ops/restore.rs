@@ -111,6 +111,7 @@ pub async fn record_resumed(instance: &mut Instance) -> Result<(), EngineError> 
 /// Waits for the guest's answer and books it. A guest that takes longer goes on as Initializing, with
 /// the reason shown, until it answers.
 async fn prove(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineError> {
+    let mut slow = false;
     if let Some(live) = instance.live.as_mut()
         && instance.record.awaits_answer()
         && let Some(proof) = live.proof.as_mut()
@@ -120,14 +121,15 @@ async fn prove(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineErr
         let ended = status.wait_for(|status| super::stop::is_off(*status));
         tokio::select! {
             answered = tokio::time::timeout(ANSWER_PATIENCE, answered) => {
-                if answered.is_err() {
-                    instance.note("restored, but its agent has not answered yet");
-                }
+                slow = answered.is_err();
             }
             // Booked by whoever observes the machine.
             _ = ended => {}
             () = cancel.cancelled() => {}
         }
+    }
+    if slow {
+        instance.note("restored, but its agent has not answered yet");
     }
     crate::observe::book_answer(instance).await?;
     instance.reach(KillPoint::RestoreAnswered);
@@ -204,7 +206,10 @@ async fn verify(
         if let Err(error) = machine.memory.check_size(manifest.memory.size) {
             return refuse(error.to_string());
         }
-        let boot = [("kernel", &machine.kernel), ("initramfs", &machine.initramfs)];
+        let boot = [
+            ("kernel", &machine.kernel),
+            ("initramfs", &machine.initramfs),
+        ];
         let disks = machine.disks.iter().map(|disk| ("disk", &disk.path));
         for (what, path) in boot.into_iter().chain(disks) {
             if let Err(error) = std::fs::metadata(path) {

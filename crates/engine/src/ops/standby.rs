@@ -256,12 +256,13 @@ async fn mark(place: &Path) -> Result<(), EngineError> {
 
 async fn unmark(place: &Path) -> Result<(), EngineError> {
     let place = place.to_owned();
-    blocking("taking a snapshot's mark back", move || {
-        match manifest::exists(&place)? {
+    blocking(
+        "taking a snapshot's mark back",
+        move || match manifest::exists(&place)? {
             true => manifest::consume(&place),
             false => Ok(()),
-        }
-    })
+        },
+    )
     .await?
     .map_err(manifest_error)
 }
