@@ -150,7 +150,6 @@ async fn linked_needs_a_listener_and_no_guest() {
 async fn linked_stays_said_after_the_handshake() {
     let guest = Guest::listen(crate::message::PROTOCOL);
     let client = guest.client();
-    client.ping(Duration::from_millis(1)).await.ok();
     client.handle.shared.reached(|v| v.connected).await.unwrap();
     client.linked(PATIENCE).await.unwrap();
 }
@@ -210,7 +209,7 @@ async fn a_guest_that_answers_once_and_slowly_is_alive_with_a_problem() {
     let client = guest.client();
     let call = {
         let client = client.clone();
-        tokio::spawn(async move { client.restored([1; 32], Duration::from_secs(2)).await })
+        tokio::spawn(async move { client.restored([1; 32], Duration::from_secs(4)).await })
     };
     let (nonce, ..) = guest.hears_restored().await;
     tokio::time::sleep(Duration::from_millis(600)).await;
