@@ -291,7 +291,7 @@ pub struct StartInstanceRequest {
 pub struct StandbyInstanceRequest {
     /// How the memory is compressed; wins over the instance's and the server's own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub compression: Option<crate::SnapshotCompressionConfig>,
+    pub compression: Option<crate::policy::SnapshotCompressionConfig>,
     /// Go duration to wait before compressing; wins over the instance's own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compression_delay: Option<String>,

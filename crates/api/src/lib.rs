@@ -33,7 +33,7 @@ pub use exec::{EndOfInputFrame, ExecExit, ExecResize, ExecStart, MAX_FRAME, Resi
 pub use image::{Image, ImageStatus, ImportEvent};
 pub use instance::{
     CreateInstanceRequest, CreateNetwork, Hypervisor, Instance, InstanceNetwork, InstanceState,
-    LogSource, StartInstanceRequest, WaitForStateResponse,
+    LogSource, StandbyInstanceRequest, StartInstanceRequest, WaitForStateResponse,
 };
 pub use size::{SizeError, format_size, parse_size};
 

@@ -5,7 +5,7 @@
 //! is only slow must not be given up; the driver reads the answer whenever it comes.
 use std::time::{Duration, Instant};
 
-use doze_agent::client::{AgentClient, AgentError};
+use doze_agent::client::AgentClient;
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -42,7 +42,6 @@ impl Proof {
                         }));
                         return;
                     }
-                    Err(AgentError::Lost) => return,
                     Err(error) => {
                         tracing::warn!(%instance, %error, "a restored guest has not answered yet");
                     }

@@ -6,4 +6,4 @@ pub(crate) mod exec;
 pub(crate) mod fields;
 pub(crate) mod image;
 pub(crate) mod instance;
-mod unbuilt;
+pub(crate) mod unbuilt;
