@@ -17,7 +17,9 @@ use doze_vmm::{
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::{EngineConfig, EngineError, Monitors, kill::KillSwitch, store::Store};
+use crate::{
+    EngineConfig, EngineError, Monitors, kill::KillSwitch, metrics::Metrics, store::Store,
+};
 
 pub struct Context {
     pub config: EngineConfig,
@@ -25,6 +27,9 @@ pub struct Context {
     pub images: ImageStore,
     pub monitors: Monitors,
     pub kill: KillSwitch,
+    pub metrics: Metrics,
+    /// When the last server was known to be there; microseconds since the Unix epoch.
+    pub last_beat: Option<i64>,
     network: tokio::sync::Mutex<Option<Network>>,
     /// Outcome of the last attempt to set the network up, for readers that must not wait.
     network_error: Mutex<Option<String>>,
@@ -43,6 +48,7 @@ impl Context {
         images: ImageStore,
         monitors: Monitors,
         total_memory: u64,
+        last_beat: Option<i64>,
     ) -> Context {
         let restores = Arc::new(Semaphore::new(config.limits.max_concurrent_restores.max(1)));
         let kill = config.kill.clone();
@@ -52,6 +58,8 @@ impl Context {
             images,
             monitors,
             kill,
+            metrics: Metrics::new(crate::now()),
+            last_beat,
             network: tokio::sync::Mutex::new(None),
             network_error: Mutex::new(None),
             memory: Mutex::new(HashMap::new()),

@@ -9,7 +9,7 @@
 //! there is no lock. A caller that hangs up stops nothing: its reply is simply not delivered.
 use std::{collections::VecDeque, future::Future, pin::Pin, sync::Arc};
 
-use doze_lifecycle::{Admission, Command, Operation, admission::admit};
+use doze_lifecycle::{Admission, Cause, Command, Operation, admission::admit};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
@@ -74,6 +74,16 @@ impl Message {
                 graceful: *graceful,
             }),
             Message::Create { .. } | Message::Recover { .. } | Message::Retire { .. } => None,
+        }
+    }
+
+    /// Who wants it.
+    fn cause(&self) -> Cause {
+        match self {
+            Message::Create { .. } | Message::Start { .. } | Message::Stop { .. } => Cause::User,
+            Message::Standby { .. } | Message::Restore { .. } => Cause::User,
+            Message::Delete { .. } => Cause::User,
+            Message::Recover { .. } | Message::Retire { .. } => Cause::Recovery,
         }
     }
 
@@ -237,6 +247,7 @@ fn decide(instance: Box<Instance>, message: Message) -> Holding {
 fn begin(mut instance: Box<Instance>, message: Message) -> Holding {
     let cancel = Cancel::new();
     let token = cancel.clone();
+    instance.on_behalf = Some(message.cause());
     let work: Pin<Box<dyn Future<Output = Done> + Send>> = match &message {
         Message::Create { .. } => Box::pin(async move {
             let (outcome, gone) = ops::create::run(&mut instance, &token).await;
@@ -361,10 +372,11 @@ fn finish(
     view: &watch::Receiver<Published>,
 ) -> Box<Instance> {
     let Done {
-        instance,
+        mut instance,
         outcome,
         gone,
     } = done;
+    instance.on_behalf = None;
     let current = view.borrow().view.clone();
     for message in joined {
         let answer = match (&outcome, &message) {

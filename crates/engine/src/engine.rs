@@ -26,7 +26,9 @@ use crate::{
     context::{Context, blocking, image_error, io_error},
     driver::{self, Message, Reply},
     instance::{APP_LOG, Instance, OPERATIONS_LOG, VMM_LOG, store_error},
-    logs, now, recovery,
+    life_sign, logs,
+    metrics::MetricsView,
+    now, recovery,
     registry::{Entry, Registry},
     store::{AddressPool, Document, Store, StoredInstance},
 };
@@ -44,6 +46,7 @@ pub(crate) struct Shared {
     pub ctx: Arc<Context>,
     pub registry: Registry,
     closing: AtomicBool,
+    heart: Arc<life_sign::Heart>,
     /// Read: a create between looking its image up and being in the registry. Write: content goes.
     pub image_gate: Arc<tokio::sync::RwLock<()>>,
 }
@@ -72,22 +75,28 @@ impl Engine {
     pub async fn open_with(config: EngineConfig, monitors: Monitors) -> Result<Self, EngineError> {
         check_data_dir(&config.data_dir)?;
         let dir = config.data_dir.clone();
-        let (store, stored, images, memory) = blocking("opening the data folder", move || {
-            doze_host::files::create_private_dir(&dir).map_err(io_error("data_dir"))?;
-            let (store, stored) = Store::open(&dir.join("doze.db")).map_err(store_error)?;
-            let images = ImageStore::open(&dir.join("images")).map_err(image_error)?;
-            let memory = total_memory().map_err(io_error("reading /proc/meminfo"))?;
-            Ok::<_, EngineError>((store, stored, images, memory))
-        })
-        .await??;
-        let ctx = Arc::new(Context::new(config, store, images, monitors, memory));
+        let (store, stored, images, memory, last_beat) =
+            blocking("opening the data folder", move || {
+                doze_host::files::create_private_dir(&dir).map_err(io_error("data_dir"))?;
+                let (store, stored) = Store::open(&dir.join("doze.db")).map_err(store_error)?;
+                let images = ImageStore::open(&dir.join("images")).map_err(image_error)?;
+                let memory = total_memory().map_err(io_error("reading /proc/meminfo"))?;
+                let last_beat = life_sign::last_beat(&dir);
+                Ok::<_, EngineError>((store, stored, images, memory, last_beat))
+            })
+            .await??;
+        let ctx = Arc::new(Context::new(
+            config, store, images, monitors, memory, last_beat,
+        ));
         let known: HashSet<String> = stored.iter().map(|i| i.id.clone()).collect();
         recovery::sweep(&ctx, &known).await?;
+        let heart = life_sign::Heart::start(&ctx.config.data_dir);
         let engine = Engine {
             shared: Arc::new(Shared {
                 ctx,
                 registry: Registry::default(),
                 closing: AtomicBool::new(false),
+                heart,
                 image_gate: Arc::default(),
             }),
         };
@@ -305,6 +314,11 @@ impl Engine {
         views
     }
 
+    /// What happened since this server started.
+    pub fn metrics(&self) -> MetricsView {
+        self.shared.ctx.metrics.view(&self.list(), &now())
+    }
+
     /// By id, exact name or unique id prefix, in this order.
     pub fn get(&self, key: &str) -> Result<Arc<InstanceView>, EngineError> {
         Ok(self.shared.registry.find(key)?.view())
@@ -498,6 +512,9 @@ impl Engine {
         );
         if tokio::time::timeout(grace, retired).await.is_err() {
             tracing::warn!("operations still run; the next start finishes or undoes them");
+        }
+        if let Err(error) = self.shared.heart.beat() {
+            tracing::warn!(%error, "writing the last heartbeat");
         }
     }
 }

@@ -2,7 +2,7 @@
 use std::{path::PathBuf, sync::Arc};
 
 use doze_agent::client::AgentClient;
-use doze_lifecycle::{Exit, Fact, ProcessRef, Record, Stamp};
+use doze_lifecycle::{Cause, Exit, Fact, ProcessRef, Record, Stamp};
 use doze_vmm::{Machine, MachineDescription, MachineStatus};
 use tokio::sync::watch;
 
@@ -67,6 +67,8 @@ pub struct Instance {
     /// Exact description of the machine of the current or last run.
     pub description: Option<MachineDescription>,
     pub live: Option<Live>,
+    /// On whose behalf the operation that runs changes things; `None`: at rest, the guest acts for itself.
+    pub on_behalf: Option<Cause>,
     published: watch::Sender<Published>,
 }
 
@@ -97,6 +99,7 @@ impl Instance {
             record,
             description: stored.document.machine,
             live: None,
+            on_behalf: None,
             published,
         };
         (instance, reader)
@@ -117,13 +120,13 @@ impl Instance {
 
     /// Records a fact of an earlier moment. On error nothing has changed, neither on disk nor for readers.
     pub async fn commit_at(&mut self, fact: Fact, at: &Stamp) -> Result<(), EngineError> {
-        let next = self
-            .record
-            .apply(&fact, at)
-            .map_err(|e| EngineError::Internal {
-                context: format!("recording {} of {}", fact.name(), self.id),
-                reason: e.to_string(),
-            })?;
+        let next =
+            self.record
+                .apply(&fact, at, self.on_behalf)
+                .map_err(|e| EngineError::Internal {
+                    context: format!("recording {} of {}", fact.name(), self.id),
+                    reason: e.to_string(),
+                })?;
         let before = self.record.state();
         let document = Document {
             spec: (*self.spec).clone(),
@@ -135,6 +138,7 @@ impl Instance {
             .update(&self.id, document)
             .await
             .map_err(store_error)?;
+        self.ctx.metrics.booked(self.record.ledger(), next.ledger());
         self.record = Arc::new(next);
         self.publish();
         let after = self.record.state();

@@ -18,7 +18,7 @@ use doze_host::{
     net::{NetError, Network},
     process::ProcessId,
 };
-use doze_lifecycle::{Fact, Operation, State};
+use doze_lifecycle::{Cause, Fact, Operation, State};
 use doze_snapshot::manifest;
 use doze_vmm::{MachineStatus, Monitor};
 
@@ -26,6 +26,7 @@ use crate::{
     EngineError,
     context::{Context, blocking, io_error, net_error},
     instance::{Instance, Live, SNAPSHOT, process_id, vmm_error},
+    life_sign,
     ops::{self, Cancel},
     proof::Proof,
 };
@@ -37,6 +38,13 @@ pub fn is_needed(instance: &Instance) -> bool {
 
 /// Makes one record true. `Ok(false)`: the instance is gone.
 pub async fn run(instance: &mut Instance) -> Result<bool, EngineError> {
+    let before = instance.on_behalf.replace(Cause::Recovery);
+    let outcome = reconcile(instance).await;
+    instance.on_behalf = before;
+    outcome
+}
+
+async fn reconcile(instance: &mut Instance) -> Result<bool, EngineError> {
     reattach(instance).await?;
     // Its CPUs never ran with our knowledge: it goes.
     let live = instance.live.as_ref();
@@ -145,14 +153,24 @@ async fn settle(instance: &mut Instance, status: MachineStatus) -> Result<(), En
             make_network(instance).await
         }
         MachineStatus::Shutdown | MachineStatus::Failed => {
+            // Before anything is written to its files.
+            let last_seen = life_sign::last_seen(instance).await?;
+            instance.collect_exit().await?;
+            if instance.record.state() != State::Shutdown {
+                instance.commit(Fact::GuestFoundOff { last_seen }).await?;
+            }
             crate::observe::power_off(instance, status, None).await
         }
         MachineStatus::Gone => {
+            let last_seen = life_sign::last_seen(instance).await?;
             let failure = "its machine monitor was gone when the server started";
             instance.collect_exit().await?;
             let failure = instance.record.exit().is_none().then_some(failure);
             instance.kill_machine().await?;
-            forget_machine(instance, failure).await
+            let failure = failure.map(str::to_owned);
+            instance
+                .commit(Fact::MachineFoundGone { failure, last_seen })
+                .await
         }
     }
 }

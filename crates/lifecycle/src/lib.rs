@@ -18,6 +18,6 @@ pub mod record;
 pub mod state;
 
 pub use admission::{Admission, Command, Refusal};
-pub use ledger::{Ledger, Stamp};
+pub use ledger::{Cause, KEPT_TRANSITIONS, Ledger, Stamp, Transition};
 pub use record::{Exit, Fact, IllegalFact, Operation, ProcessRef, Record};
 pub use state::State;

@@ -18,7 +18,7 @@
 //! operation is what the server has promised to finish or undo, also after a crash.
 use serde::{Deserialize, Serialize};
 
-use crate::{Ledger, Stamp, State};
+use crate::{Cause, Ledger, Stamp, State};
 
 /// Version of the record's stored form. Older ones are migrated when read.
 pub const RECORD_VERSION: u32 = 2;
@@ -102,6 +102,14 @@ pub enum Fact {
     GuestPoweredOff,
     /// The VMM process is gone and reaped. `failure` when it was not asked to go.
     MachineGone { failure: Option<String> },
+    /// The VMM process was found gone by a server that had not been there to see it go (stamp: when it was
+    /// found). `last_seen` is the last proof of life; what lies between is an estimate.
+    MachineFoundGone {
+        failure: Option<String>,
+        last_seen: Stamp,
+    },
+    /// The guest was found off by a server that had not been there to see it power off; the VMM is there.
+    GuestFoundOff { last_seen: Stamp },
     /// The operation in flight gave up and has undone what it did.
     OperationFailed { reason: String },
     /// The VMM acknowledged that the CPUs stand still, for a standby.
@@ -123,6 +131,29 @@ pub enum Fact {
 }
 
 impl Fact {
+    /// Who brought it about: what the guest does and what dies speaks for itself, the rest was wanted by
+    /// somebody.
+    fn cause(&self, on_behalf: Option<Cause>) -> Cause {
+        match self {
+            Fact::ProgramStarted | Fact::AgentReady | Fact::AgentAnswered => Cause::Guest,
+            Fact::MachineGone { failure: Some(_) } | Fact::MachineFoundGone { .. } => Cause::Crash,
+            Fact::MemoryLost { .. } => Cause::Crash,
+            // Powering off was asked for by a stop, or is the guest's own wish.
+            Fact::GuestFoundOff { .. } => Cause::Guest,
+            Fact::GuestPoweredOff | Fact::ProgramExited(_) => on_behalf.unwrap_or(Cause::Guest),
+            Fact::MachineGone { failure: None } => on_behalf.unwrap_or(Cause::Guest),
+            Fact::Admitted(_) | Fact::MachineSpawned(_) | Fact::CpusStarted { .. } => {
+                on_behalf.unwrap_or(Cause::User)
+            }
+            Fact::OperationFailed { .. } | Fact::CpusPaused | Fact::SnapshotCommitted => {
+                on_behalf.unwrap_or(Cause::User)
+            }
+            Fact::StandbyAbandoned { .. } | Fact::Resumed { .. } | Fact::MemoryDiscarded => {
+                on_behalf.unwrap_or(Cause::User)
+            }
+        }
+    }
+
     /// Name without payload, for messages and tables.
     pub const fn name(&self) -> &'static str {
         match self {
@@ -134,6 +165,8 @@ impl Fact {
             Fact::ProgramExited(_) => "ProgramExited",
             Fact::GuestPoweredOff => "GuestPoweredOff",
             Fact::MachineGone { .. } => "MachineGone",
+            Fact::MachineFoundGone { .. } => "MachineFoundGone",
+            Fact::GuestFoundOff { .. } => "GuestFoundOff",
             Fact::OperationFailed { .. } => "OperationFailed",
             Fact::CpusPaused => "CpusPaused",
             Fact::SnapshotCommitted => "SnapshotCommitted",
@@ -317,10 +350,16 @@ impl Record {
     }
 
     /// What the record becomes when `fact` happened at `at`. The only way a record changes.
+    /// `on_behalf` is who wanted what is being done; without, the fact speaks for itself.
     ///
     /// # Errors
     /// [`IllegalFact`] when the fact cannot happen in this state with this operation in flight.
-    pub fn apply(&self, fact: &Fact, at: &Stamp) -> Result<Record, IllegalFact> {
+    pub fn apply(
+        &self,
+        fact: &Fact,
+        at: &Stamp,
+        on_behalf: Option<Cause>,
+    ) -> Result<Record, IllegalFact> {
         if !self.allows(fact) {
             return Err(IllegalFact {
                 fact: fact.name(),
@@ -328,49 +367,61 @@ impl Record {
                 operation: self.operation,
             });
         }
+        let cause = fact.cause(on_behalf);
         let mut next = self.clone();
         match fact {
             Fact::Admitted(operation) => next.operation = Some(*operation),
             Fact::MachineSpawned(process) => {
                 next.begin_run(process.clone());
-                next.enter(State::Created, at);
+                next.enter(State::Created, at, cause);
             }
             Fact::CpusStarted { agent } => {
                 next.boot.agent_expected = *agent;
                 next.boots += 1;
                 next.started_at_us = Some(at.wall_us);
                 next.operation = None;
-                next.enter(State::Initializing, at);
+                next.enter(State::Initializing, at, cause);
             }
             Fact::ProgramStarted => {
                 next.boot.program_started.get_or_insert_with(|| at.clone());
-                next.finish_boot();
+                next.finish_boot(cause);
             }
             Fact::AgentReady => {
                 next.boot.agent_ready.get_or_insert_with(|| at.clone());
-                next.finish_boot();
+                next.finish_boot(cause);
             }
             Fact::ProgramExited(exit) => next.exit = Some(exit.clone()),
-            Fact::GuestPoweredOff => next.enter(State::Shutdown, at),
-            Fact::MachineGone { failure } => next.end_run(failure.as_deref(), at),
+            Fact::GuestPoweredOff => next.enter(State::Shutdown, at, cause),
+            Fact::MachineGone { failure } => next.end_run(failure.as_deref(), at, cause),
+            Fact::MachineFoundGone { failure, last_seen } => {
+                // It was not seen later than now.
+                let last_seen = last_seen.clone().earlier_of(at);
+                next.end_run(failure.as_deref(), &last_seen, cause);
+                next.ledger.estimate(at);
+            }
+            Fact::GuestFoundOff { last_seen } => {
+                let last_seen = last_seen.clone().earlier_of(at);
+                next.enter(State::Shutdown, &last_seen, cause);
+                next.ledger.estimate(at);
+            }
             Fact::OperationFailed { reason } => next.give_up(reason),
-            Fact::CpusPaused => next.enter(State::Paused, at),
+            Fact::CpusPaused => next.enter(State::Paused, at, cause),
             Fact::SnapshotCommitted => {
                 next.snapshot = true;
                 next.failure = None;
             }
-            Fact::StandbyAbandoned { reason } => next.abandon_standby(reason, at),
-            Fact::Resumed { process, agent } => next.wake(process, *agent, at),
+            Fact::StandbyAbandoned { reason } => next.abandon_standby(reason, at, cause),
+            Fact::Resumed { process, agent } => next.wake(process, *agent, at, cause),
             Fact::AgentAnswered => {
                 next.boot.proof = Proof::Given(at.clone());
-                next.finish_boot();
+                next.finish_boot(cause);
             }
             Fact::MemoryLost { reason } => {
                 next.operation = None;
                 next.failure = Some(reason.clone());
-                next.forget_memory(at);
+                next.forget_memory(at, cause);
             }
-            Fact::MemoryDiscarded => next.forget_memory(at),
+            Fact::MemoryDiscarded => next.forget_memory(at, cause),
         }
         Ok(next)
     }
@@ -422,14 +473,14 @@ impl Record {
                 }
                 S::Created | S::Standby => false,
             },
-            Fact::GuestPoweredOff => {
+            Fact::GuestPoweredOff | Fact::GuestFoundOff { .. } => {
                 !self.is_committed_standby()
                     && match self.state {
                         S::Initializing | S::Running | S::Paused => true,
                         S::Created | S::Shutdown | S::Stopped | S::Standby => false,
                     }
             }
-            Fact::MachineGone { .. } => self.machine.is_some(),
+            Fact::MachineGone { .. } | Fact::MachineFoundGone { .. } => self.machine.is_some(),
             Fact::OperationFailed { .. } => match self.operation {
                 // They have undone the machine before they say so.
                 Some(Create | Start) => self.machine.is_none(),
@@ -472,8 +523,8 @@ impl Record {
         self.operation == Some(Operation::Standby) && self.snapshot
     }
 
-    fn enter(&mut self, state: State, at: &Stamp) {
-        self.ledger.enter(state, at);
+    fn enter(&mut self, state: State, at: &Stamp, cause: Cause) {
+        self.ledger.enter(state, at, cause);
         self.state = state;
     }
 
@@ -486,19 +537,19 @@ impl Record {
 
     /// Running begins when the guest says so, not when we looked; see [`Ledger::enter`] for markers
     /// older than the current phase.
-    fn finish_boot(&mut self) {
+    fn finish_boot(&mut self, cause: Cause) {
         if self.state == State::Initializing
             && let Some(at) = self.boot.completed()
         {
-            self.enter(State::Running, &at);
+            self.enter(State::Running, &at, cause);
         }
     }
 
-    fn end_run(&mut self, failure: Option<&str>, at: &Stamp) {
+    fn end_run(&mut self, failure: Option<&str>, at: &Stamp, cause: Cause) {
         self.machine = None;
         if self.is_committed_standby() {
             self.operation = None;
-            self.enter(State::Standby, at);
+            self.enter(State::Standby, at, cause);
             return;
         }
         if let Some(failure) = failure {
@@ -512,10 +563,10 @@ impl Record {
             kept @ Some(Operation::Create | Operation::Start) => kept,
             kept @ Some(Operation::Delete | Operation::Restore) => kept,
         };
-        self.enter(State::Stopped, at);
+        self.enter(State::Stopped, at, cause);
     }
 
-    fn abandon_standby(&mut self, reason: &str, at: &Stamp) {
+    fn abandon_standby(&mut self, reason: &str, at: &Stamp, cause: Cause) {
         self.operation = None;
         self.failure = Some(reason.to_owned());
         if self.state == State::Paused {
@@ -523,12 +574,12 @@ impl Record {
                 Some(_) => State::Running,
                 None => State::Initializing,
             };
-            self.enter(phase, at);
+            self.enter(phase, at, cause);
         }
     }
 
     /// The guest goes on where it was; what it had become then it still is.
-    fn wake(&mut self, process: &ProcessRef, agent: bool, at: &Stamp) {
+    fn wake(&mut self, process: &ProcessRef, agent: bool, at: &Stamp, cause: Cause) {
         self.machine = Some(process.clone());
         self.operation = None;
         self.failure = None;
@@ -539,14 +590,14 @@ impl Record {
         } else {
             Proof::NotNeeded
         };
-        self.enter(State::Initializing, at);
-        self.finish_boot();
+        self.enter(State::Initializing, at, cause);
+        self.finish_boot(cause);
     }
 
-    fn forget_memory(&mut self, at: &Stamp) {
+    fn forget_memory(&mut self, at: &Stamp, cause: Cause) {
         self.snapshot = false;
         self.stopped_at_us = Some(at.wall_us);
-        self.enter(State::Stopped, at);
+        self.enter(State::Stopped, at, cause);
     }
 
     fn give_up(&mut self, reason: &str) {

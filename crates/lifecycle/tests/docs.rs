@@ -29,6 +29,21 @@ fn facts() -> Vec<Fact> {
         }),
         Fact::GuestPoweredOff,
         Fact::MachineGone { failure: None },
+        Fact::MachineFoundGone {
+            failure: None,
+            last_seen: Stamp {
+                boot_id: "b".into(),
+                boottime_us: 0,
+                wall_us: 0,
+            },
+        },
+        Fact::GuestFoundOff {
+            last_seen: Stamp {
+                boot_id: "b".into(),
+                boottime_us: 0,
+                wall_us: 0,
+            },
+        },
         Fact::OperationFailed { reason: "r".into() },
         Fact::CpusPaused,
         Fact::SnapshotCommitted,
@@ -82,7 +97,7 @@ fn transitions() -> String {
     let mut rows: BTreeMap<Key, BTreeMap<String, String>> = BTreeMap::new();
     while let Some(record) = queue.pop_front() {
         for fact in facts() {
-            let Ok(next) = record.apply(&fact, &at) else {
+            let Ok(next) = record.apply(&fact, &at, None) else {
                 continue;
             };
             let target = place(key(&next));

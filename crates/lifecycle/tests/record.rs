@@ -4,7 +4,8 @@
 use std::collections::BTreeMap;
 
 use doze_lifecycle::{
-    Admission, Command, Exit, Fact, Operation, ProcessRef, Record, Stamp, State, admission::admit,
+    Admission, Cause, Command, Exit, Fact, KEPT_TRANSITIONS, Operation, ProcessRef, Record, Stamp,
+    State, admission::admit,
 };
 use proptest::prelude::*;
 
@@ -38,6 +39,13 @@ fn facts() -> impl Strategy<Value = Fact> {
         Just(Fact::GuestPoweredOff),
         proptest::option::of(Just("died".to_owned()))
             .prop_map(|failure| Fact::MachineGone { failure }),
+        (0..60_000_000u64).prop_map(|boottime_us| Fact::MachineFoundGone {
+            failure: Some("died".into()),
+            last_seen: stamp(0, boottime_us, 1_700_000_000_000_000),
+        }),
+        (0..60_000_000u64).prop_map(|boottime_us| Fact::GuestFoundOff {
+            last_seen: stamp(0, boottime_us, 1_700_000_000_000_000),
+        }),
         Just(Fact::OperationFailed {
             reason: "no".into()
         }),
@@ -109,7 +117,7 @@ impl Host {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2000))]
+    #![proptest_config(ProptestConfig::with_cases(500))]
 
     #[test]
     fn within_one_boot_the_sum_of_all_phases_is_the_time_that_passed(
@@ -120,7 +128,7 @@ proptest! {
         let mut transitions = 0u64;
         for (fact, tick) in steps.iter().filter(|(_, t)| !matches!(t, Tick::Reboot(_))) {
             let at = host.tick(tick);
-            if let Ok(next) = record.apply(fact, &at) {
+            if let Ok(next) = record.apply(fact, &at, None) {
                 transitions += u64::from(next.state() != record.state());
                 record = next;
             }
@@ -129,6 +137,32 @@ proptest! {
             let ms: u64 = record.ledger().durations_ms(&host.now()).values().sum();
             // Whole milliseconds lose less than one per phase, so less than one per transition and the first.
             prop_assert!(host.timeline / 1000 - ms <= transitions + 1);
+        }
+    }
+
+    /// Also across reboots and stepped clocks: what the ledger holds is the way from each transition to the
+    /// next on its own timeline, and nothing else.
+    #[test]
+    fn the_sum_of_all_phases_is_the_length_of_the_ledgers_timeline(
+        steps in proptest::collection::vec((facts(), ticks()), 1..80)
+    ) {
+        let way = |from: &Stamp, to: &Stamp| match from.boot_id == to.boot_id {
+            true => to.boottime_us.saturating_sub(from.boottime_us),
+            false => u64::try_from(to.wall_us - from.wall_us).unwrap_or(0),
+        };
+        let mut host = Host { boot: 0, boottime: 50_000_000, wall: 1_700_000_000_000_000, timeline: 0 };
+        let mut record = Record::creating(host.now());
+        let mut length = 0u64;
+        for (fact, tick) in &steps {
+            let at = host.tick(tick);
+            let before = record.current_since().clone();
+            if let Ok(next) = record.apply(fact, &at, None) {
+                record = next;
+            }
+            length += way(&before, record.current_since());
+            let now = host.now();
+            let sum: u64 = record.ledger().durations_us(&now).values().sum();
+            prop_assert_eq!(sum, length + way(record.current_since(), &now));
         }
     }
 
@@ -141,7 +175,7 @@ proptest! {
         let mut closed: BTreeMap<State, u64> = BTreeMap::new();
         for (fact, tick) in &steps {
             let at = host.tick(tick);
-            if let Ok(next) = record.apply(fact, &at) {
+            if let Ok(next) = record.apply(fact, &at, None) {
                 record = next;
             }
             prop_assert_eq!(record.ledger().current(), record.state());
@@ -159,7 +193,7 @@ proptest! {
     ) {
         let mut record = Record::creating(stamp(0, 1, 1));
         for (n, fact) in steps.iter().enumerate() {
-            if let Ok(next) = record.apply(fact, &stamp(0, n as u64, n as i64)) {
+            if let Ok(next) = record.apply(fact, &stamp(0, n as u64, n as i64), None) {
                 record = next;
             }
             if record.machine().is_none() {
@@ -188,7 +222,7 @@ proptest! {
         let mut record = Record::creating(stamp(0, 1, 1));
         for (n, fact) in steps.iter().enumerate() {
             let at = stamp(0, n as u64, n as i64);
-            if let Ok(next) = record.apply(fact, &at) {
+            if let Ok(next) = record.apply(fact, &at, None) {
                 record = next;
             }
             for command in Command::ALL {
@@ -209,7 +243,7 @@ proptest! {
                     Command::Delete { .. } => Operation::Delete,
                     Command::Exec => continue,
                 };
-                let begins = record.apply(&Fact::Admitted(operation), &at).is_ok();
+                let begins = record.apply(&Fact::Admitted(operation), &at, None).is_ok();
                 let runs = admit(record.state(), record.operation(), command) == Admission::Run;
                 prop_assert_eq!(
                     begins, runs,
@@ -224,7 +258,9 @@ fn after(facts: &[(Fact, u64)]) -> Record {
     facts
         .iter()
         .fold(Record::creating(stamp(0, 0, 0)), |record, (fact, at_ms)| {
-            record.apply(fact, &stamp(0, at_ms * 1000, 0)).unwrap()
+            record
+                .apply(fact, &stamp(0, at_ms * 1000, 0), None)
+                .unwrap()
         })
 }
 
@@ -298,7 +334,7 @@ fn a_failed_start_leaves_it_stopped_with_the_reason() {
     ]
     .iter()
     .fold(stopped, |record, fact| {
-        record.apply(fact, &stamp(0, 1, 1)).unwrap()
+        record.apply(fact, &stamp(0, 1, 1), None).unwrap()
     });
     assert_eq!((record.state(), record.operation()), (State::Stopped, None));
     assert_eq!(record.failure(), Some("no kernel"));
@@ -382,7 +418,9 @@ fn a_standby_before_the_boot_finished_goes_on_initializing() {
     let record = [Fact::ProgramStarted, Fact::AgentReady]
         .iter()
         // Its own account says a moment before it slept.
-        .fold(record, |r, f| r.apply(f, &stamp(0, 15_000, 0)).unwrap());
+        .fold(record, |r, f| {
+            r.apply(f, &stamp(0, 15_000, 0), None).unwrap()
+        });
     assert_eq!(record.state(), State::Running);
     let spent = record.ledger().durations_ms(&stamp(0, 1_300_000, 0));
     assert_eq!((spent["initializing"], spent["running"]), (20 + 100, 100));
@@ -485,6 +523,13 @@ fn a_record_of_the_first_version_still_loads() {
     for newer in ["snapshot", "restores"] {
         fields.remove(newer).unwrap();
     }
+    for newer in ["estimated_us", "transitions", "transitions_total"] {
+        fields["ledger"]
+            .as_object_mut()
+            .unwrap()
+            .remove(newer)
+            .unwrap();
+    }
     fields["boot"]
         .as_object_mut()
         .unwrap()
@@ -494,4 +539,87 @@ fn a_record_of_the_first_version_still_loads() {
     record.check_version().unwrap();
     assert_eq!(record.state(), State::Running);
     assert!(!record.has_snapshot() && !record.awaits_answer());
+}
+
+#[test]
+fn a_vmm_found_gone_is_booked_to_its_last_proof_of_life_and_the_rest_told_apart() {
+    let mut facts = running_at(100);
+    facts.push((
+        Fact::MachineFoundGone {
+            failure: Some("gone".into()),
+            last_seen: stamp(0, 4_000_000, 0),
+        },
+        10_000,
+    ));
+    let record = after(&facts);
+    assert_eq!(record.state(), State::Stopped);
+    let spent = record.ledger().durations_ms(&stamp(0, 12_000_000, 0));
+    assert_eq!((spent["running"], spent["stopped"]), (3_900, 8_000));
+    // Only what nobody saw: since it was found, it is known.
+    assert_eq!(
+        record.ledger().estimated_ms(),
+        BTreeMap::from([("stopped", 6_000)])
+    );
+}
+
+#[test]
+fn the_last_transitions_explain_the_sums() {
+    let record = after(&asleep());
+    let told: Vec<_> = record
+        .ledger()
+        .transitions()
+        .map(|t| (t.from, t.to, t.at.boottime_us / 1000, t.cause))
+        .collect();
+    assert_eq!(
+        told,
+        [
+            (State::Created, State::Initializing, 0, Cause::User),
+            (State::Initializing, State::Running, 100, Cause::Guest),
+            (State::Running, State::Paused, 1_100, Cause::User),
+            (State::Paused, State::Standby, 1_160, Cause::Guest),
+        ]
+    );
+    assert_eq!(record.ledger().transitions_total(), 4);
+}
+
+#[test]
+fn only_the_newest_transitions_are_kept_and_all_are_counted() {
+    let mut record = after(&asleep());
+    let at = stamp(0, 2_000_000, 0);
+    let cycle = [
+        Fact::Admitted(Operation::Restore),
+        Fact::Resumed {
+            process: process(),
+            agent: false,
+        },
+        Fact::Admitted(Operation::Standby),
+        Fact::CpusPaused,
+        Fact::SnapshotCommitted,
+        Fact::MachineGone { failure: None },
+    ];
+    for fact in cycle.iter().cycle().take(cycle.len() * 100) {
+        record = record.apply(fact, &at, Some(Cause::AutoStandby)).unwrap();
+    }
+    assert_eq!(record.ledger().transitions().len(), KEPT_TRANSITIONS);
+    assert!(record.ledger().transitions_total() > 300);
+    assert!(
+        record
+            .ledger()
+            .transitions()
+            .all(|t| t.cause == Cause::AutoStandby)
+    );
+}
+
+#[test]
+fn a_files_time_becomes_a_moment_of_the_ledger_within_what_is_known() {
+    let record = after(&running_at(1_000));
+    let ledger = record.ledger();
+    let now = stamp(0, 10_000_000, 9_000_000);
+    assert_eq!(ledger.moment(3_000_000, &now).boottime_us, 4_000_000);
+    assert_eq!(ledger.moment(-5, &now), *ledger.since());
+    assert_eq!(ledger.moment(i64::MAX, &now), now);
+    // After a reboot only the wall clock compares.
+    let rebooted = stamp(1, 5, 7_000_000);
+    assert_eq!(ledger.moment(3_000_000, &rebooted).boot_id, "boot-0");
+    assert_eq!(ledger.moment(8_000_000, &rebooted), rebooted);
 }
