@@ -229,6 +229,12 @@ async fn let_it_look(machine: &dyn Machine) {
     }
 }
 
+/// Open descriptors of the VMM.
+fn descriptors(machine: &dyn Machine) -> usize {
+    let folder = format!("/proc/{}/fd", machine.process().pid);
+    fs::read_dir(folder).unwrap().count()
+}
+
 /// A server may die at any moment, and its connections with it: a virtio-serial that told its guest so while
 /// the CPUs stand still would write into memory that was saved, and the device state would not fit it any more.
 async fn the_channel_changes_nothing_while_the_machine_does_not_run(kind: Hypervisor) {
@@ -242,8 +248,14 @@ async fn the_channel_changes_nothing_while_the_machine_does_not_run(kind: Hyperv
     channel.write_all(b"x").await.unwrap();
     let_it_look(&*machine).await;
     assert_eq!(bench.memory_hash(), memory, "written to after a save");
+    let open = descriptors(&*machine);
     drop(channel);
     let_it_look(&*machine).await;
+    assert_eq!(
+        descriptors(&*machine),
+        open - 1,
+        "the VMM noticed the close"
+    );
     assert_eq!(bench.memory_hash(), memory, "closed after a save");
     machine.kill().await.unwrap();
 
