@@ -1,6 +1,8 @@
 //! A machine that is saved, and one that goes on where it was.
 use std::{
     fs,
+    path::PathBuf,
+    process::Command,
     time::{Duration, Instant},
 };
 
@@ -357,18 +359,34 @@ async fn takes_little_time_whatever_the_memory(kind: Hypervisor) {
     }
 }
 
+/// A file system of 16 KiB. Unmounted also when the test fails, for the bench to remove its folder.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    fn mount(folder: PathBuf) -> Self {
+        let mounted = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", "size=16k", "none"])
+            .arg(&folder)
+            .status();
+        assert!(mounted.unwrap().success());
+        Self(folder)
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let unmounted = Command::new("umount").arg(&self.0).status();
+        assert!(unmounted.unwrap().success() || std::thread::panicking());
+    }
+}
+
 async fn a_full_disk_is_named_and_the_machine_goes_on(kind: Hypervisor) {
     let bench = Bench::new(kind, tcg()).await;
     let machine = bench.boot().await;
-    let small = bench.new_folder("small");
-    let mounted = std::process::Command::new("mount")
-        .args(["-t", "tmpfs", "-o", "size=16k", "none"])
-        .arg(&small)
-        .status()
-        .unwrap();
-    assert!(mounted.success());
+    let disk = SmallDisk::mount(bench.new_folder("small"));
+    let small = &disk.0;
     machine.pause().await.unwrap();
-    let full = machine.save(&small).await.unwrap_err();
+    let full = machine.save(small).await.unwrap_err();
     let VmmError::NoSpace {
         needed, available, ..
     } = &full
@@ -380,7 +398,7 @@ async fn a_full_disk_is_named_and_the_machine_goes_on(kind: Hypervisor) {
         (1..=16 << 10).contains(available) && *needed > *available,
         "{full}"
     );
-    assert_eq!(fs::read_dir(&small).unwrap().count(), 0, "nothing is left");
+    assert_eq!(fs::read_dir(small).unwrap().count(), 0, "nothing is left");
     machine.resume().await.unwrap();
     bench.assert_counts_on().await;
     machine.pause().await.unwrap();
