@@ -25,7 +25,8 @@ pub(super) fn write(folder: &Path, state: &[u8]) -> Result<SavedFile, VmmError> 
         .map_err(|e| explain("create", &path, folder, state, e))?;
     if let Err(e) = file.write_all(state) {
         let removed = fs::remove_file(&path);
-        // Measured after the removal: what was written of it counts as free.
+        // Measured after the file is gone: what was written of it counts as free.
+        drop(file);
         let error = explain("write", &path, folder, state, e);
         return Err(match removed {
             Ok(()) => error,

@@ -66,6 +66,12 @@ impl Peer {
         self.status(status).await;
     }
 
+    /// The look before a migration that is refused, and the one after.
+    async fn status_twice(&mut self, status: &str) {
+        self.status(status).await;
+        self.status(status).await;
+    }
+
     async fn status(&mut self, status: &str) {
         let answer = json!({ "status": status, "running": status == "running" });
         self.answer("query-status", answer).await;
@@ -126,6 +132,74 @@ async fn a_request_survives_a_lost_connection() {
     let (resumed, _peer) = tokio::join!(machine.resume(), monitor);
     resumed.unwrap();
     assert_eq!(*machine.watch().borrow(), MachineStatus::Running);
+}
+
+#[tokio::test]
+async fn a_save_is_not_repeated_on_a_new_connection() {
+    let stage = Stage::new();
+    let (machine, mut peer) = stage.machine("paused").await;
+    let folder = tempfile::tempdir().unwrap();
+    let monitor = async {
+        peer.status("paused").await;
+        peer.expect("migrate-set-capabilities").await;
+        drop(peer);
+        let mut peer = Peer::accept(&stage.listener).await;
+        peer.settled("paused").await;
+        peer.status("paused").await;
+        peer
+    };
+    let (saved, mut peer) = tokio::join!(machine.save(folder.path()), monitor);
+    let e = saved.unwrap_err();
+    assert!(
+        e.to_string().contains("connection to the VMM was lost"),
+        "{e}"
+    );
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    // The next thing it hears is what is asked next.
+    let monitor = async {
+        peer.answer("cont", json!({})).await;
+        peer.status("running").await;
+    };
+    let (resumed, ()) = tokio::join!(machine.resume(), monitor);
+    resumed.unwrap();
+}
+
+#[tokio::test]
+async fn a_migration_nobody_waits_for_is_ended_before_anything_else() {
+    let stage = Stage::new();
+    let (machine, mut peer) = stage.machine("paused").await;
+    let monitor = async {
+        peer.expect("cont").await;
+        drop(peer);
+        let mut peer = Peer::accept(&stage.listener).await;
+        peer.status("paused").await;
+        peer.answer("query-migrate", json!({ "status": "active", "ram": {} }))
+            .await;
+        peer.answer("migrate_cancel", json!({})).await;
+        peer.send(json!({ "event": "MIGRATION", "data": { "status": "cancelled" } }))
+            .await;
+        peer.answer("query-migrate", json!({ "status": "cancelled" }))
+            .await;
+        peer.status("finish-migrate").await;
+        peer.status("postmigrate").await;
+        peer.answer("cont", json!({})).await;
+        peer.status("running").await;
+        peer
+    };
+    let (resumed, _peer) = tokio::join!(machine.resume(), monitor);
+    resumed.unwrap();
+}
+
+#[tokio::test]
+async fn what_is_not_paused_is_not_saved_and_what_does_not_wait_is_not_loaded() {
+    let stage = Stage::new();
+    let (machine, mut peer) = stage.machine("running").await;
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("state"), "x").unwrap();
+    let (saved, ()) = tokio::join!(machine.save(folder.path()), peer.status_twice("running"));
+    assert!(saved.unwrap_err().to_string().contains("\"running\""));
+    let (loaded, ()) = tokio::join!(machine.load(folder.path()), peer.status_twice("paused"));
+    assert!(loaded.unwrap_err().to_string().contains("does not wait"));
 }
 
 #[tokio::test]
