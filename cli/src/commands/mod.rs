@@ -11,6 +11,7 @@ pub mod exec;
 pub mod image;
 pub mod inspect;
 pub mod logs;
+pub mod phases;
 pub mod ps;
 pub mod restore;
 pub mod rm;
@@ -49,6 +50,8 @@ pub enum Command {
     Rm(rm::Args),
     /// Show everything about an instance
     Inspect(inspect::Args),
+    /// Show where an instance's time went, phase by phase
+    Phases(phases::Args),
     /// Wait until an instance reaches a state
     Wait(wait::Args),
     /// Import, list and delete images
@@ -79,6 +82,7 @@ pub async fn run(command: Command, options: &connection::Options) -> Result<u8, 
         Command::Drain(args) => drain::run(args, options).await,
         Command::Rm(args) => rm::run(args, options).await,
         Command::Inspect(args) => inspect::run(args, options).await,
+        Command::Phases(args) => phases::run(args, options).await,
         Command::Wait(args) => wait::run(args, options).await,
         Command::Image(command) => image::run(command, options).await,
         Command::Token(args) => token::run(args),

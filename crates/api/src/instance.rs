@@ -297,6 +297,37 @@ pub struct StandbyInstanceRequest {
     pub compression_delay: Option<String>,
 }
 
+/// Answer of `GET /instances/{id}/phases`: the ledger that people bill from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct InstancePhases {
+    pub id: String,
+    pub name: String,
+    /// The phase whose time runs now.
+    pub current_phase: String,
+    #[schema(format = DateTime)]
+    pub current_phase_since: String,
+    /// Milliseconds spent in each phase, the current one up to this answer included.
+    pub phase_durations_ms: BTreeMap<String, u64>,
+    /// The part of them that nobody saw, because the server was away when the machine ended.
+    pub phase_durations_estimated_ms: BTreeMap<String, u64>,
+    /// The newest changes of phase, oldest first; 100 at most.
+    pub transitions: Vec<PhaseTransition>,
+    /// Changes of phase in all; those that are not listed are older.
+    pub transitions_total: u64,
+}
+
+/// One change of phase.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PhaseTransition {
+    /// RFC 3339, UTC.
+    #[schema(format = DateTime)]
+    pub at: String,
+    pub from: String,
+    pub to: String,
+    /// `user`, `auto-standby`, `wake`, `schedule`, `guest`, `crash` or `recovery`.
+    pub cause: String,
+}
+
 /// Answer of `GET /instances/{id}/wait`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct WaitForStateResponse {
@@ -345,6 +376,10 @@ pub struct Instance {
     /// Milliseconds spent in each phase, the current one up to this answer included.
     #[serde(default)]
     pub phase_durations_ms: BTreeMap<String, u64>,
+    /// Addition of doze: the part of `phase_durations_ms` that nobody saw, because the server was away when the
+    /// machine ended. Absent when there is none.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub phase_durations_estimated_ms: BTreeMap<String, u64>,
     #[serde(default)]
     pub has_snapshot: bool,
     /// Exit code of the program; null when it has not ended.

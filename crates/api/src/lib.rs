@@ -32,8 +32,9 @@ pub use error::{ErrorBody, ErrorDetail};
 pub use exec::{EndOfInputFrame, ExecExit, ExecResize, ExecStart, MAX_FRAME, ResizeFrame};
 pub use image::{Image, ImageStatus, ImportEvent};
 pub use instance::{
-    CreateInstanceRequest, CreateNetwork, Hypervisor, Instance, InstanceNetwork, InstanceState,
-    LogSource, StandbyInstanceRequest, StartInstanceRequest, WaitForStateResponse,
+    CreateInstanceRequest, CreateNetwork, Hypervisor, Instance, InstanceNetwork, InstancePhases,
+    InstanceState, LogSource, PhaseTransition, StandbyInstanceRequest, StartInstanceRequest,
+    WaitForStateResponse,
 };
 pub use size::{SizeError, format_size, parse_size};
 

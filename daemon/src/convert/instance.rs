@@ -1,9 +1,12 @@
 //! From the engine's view of an instance to the wire.
+use std::collections::BTreeMap;
+
 use doze_api::{
-    Hypervisor, Instance, InstanceNetwork, InstanceState, WaitForStateResponse, format_size,
+    Hypervisor, Instance, InstanceNetwork, InstancePhases, InstanceState, PhaseTransition,
+    WaitForStateResponse, format_size,
 };
 use doze_engine::{InstanceView, WaitOutcome};
-use doze_lifecycle::{Stamp, State};
+use doze_lifecycle::{Stamp, State, Transition};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 /// Why a restored instance is Initializing.
@@ -34,11 +37,8 @@ pub(crate) fn instance(view: &InstanceView, now: &Stamp) -> Instance {
         // `Unknown` is a diagnosis, not a phase: the last one goes on.
         current_phase: Some(view.state().phase().to_owned()),
         current_phase_since: Some(timestamp(record.current_since().wall_us)),
-        phase_durations_ms: view
-            .phase_durations_ms(now)
-            .into_iter()
-            .map(|(phase, ms)| (phase.to_owned(), ms))
-            .collect(),
+        phase_durations_ms: owned(view.phase_durations_ms(now)),
+        phase_durations_estimated_ms: owned(record.ledger().estimated_ms()),
         has_snapshot: record.has_snapshot(),
         exit_code: exit.map(|exit| exit.code),
         exit_message: exit
@@ -60,6 +60,37 @@ pub(crate) fn instance(view: &InstanceView, now: &Stamp) -> Instance {
         tags: spec.tags.clone(),
         volumes: Vec::new(),
     }
+}
+
+/// The ledger, whole.
+pub(crate) fn phases(view: &InstanceView, now: &Stamp) -> InstancePhases {
+    let ledger = view.record.ledger();
+    InstancePhases {
+        id: view.id.clone(),
+        name: view.name.clone(),
+        current_phase: view.state().phase().to_owned(),
+        current_phase_since: timestamp(ledger.since().wall_us),
+        phase_durations_ms: owned(ledger.durations_ms(now)),
+        phase_durations_estimated_ms: owned(ledger.estimated_ms()),
+        transitions: ledger.transitions().map(transition).collect(),
+        transitions_total: ledger.transitions_total(),
+    }
+}
+
+fn transition(transition: &Transition) -> PhaseTransition {
+    PhaseTransition {
+        at: timestamp(transition.at.wall_us),
+        from: transition.from.phase().to_owned(),
+        to: transition.to.phase().to_owned(),
+        cause: transition.cause.as_str().to_owned(),
+    }
+}
+
+fn owned(durations: BTreeMap<&'static str, u64>) -> BTreeMap<String, u64> {
+    durations
+        .into_iter()
+        .map(|(phase, ms)| (phase.to_owned(), ms))
+        .collect()
 }
 
 pub(crate) fn wait_outcome(outcome: WaitOutcome) -> WaitForStateResponse {
@@ -217,7 +248,11 @@ mod tests {
     fn a_stopped_one_has_been_accounted() {
         let record = Record::stopped(stamp(0));
         let record = record
-            .apply(&Fact::Admitted(doze_lifecycle::Operation::Start), &stamp(1))
+            .apply(
+                &Fact::Admitted(doze_lifecycle::Operation::Start),
+                &stamp(1),
+                None,
+            )
             .unwrap();
         let answer = instance(&view(record), &stamp(5));
         assert_eq!(

@@ -44,7 +44,6 @@ pub const NOT_SERVED: &[(Method, &str)] = &[
     (Method::GET, "/instances/{id}/stats"),
     (Method::POST, "/instances/{id}/volumes/{volume_id}"),
     (Method::DELETE, "/instances/{id}/volumes/{volume_id}"),
-    (Method::GET, "/metrics"),
     (Method::GET, "/pushes"),
     (Method::POST, "/pushes"),
     (Method::GET, "/pushes/{id}"),

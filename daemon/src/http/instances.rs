@@ -8,8 +8,8 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use doze_api::{
-    CreateInstanceRequest, Instance, InstanceState, StandbyInstanceRequest, StartInstanceRequest,
-    WaitForStateResponse,
+    CreateInstanceRequest, Instance, InstancePhases, InstanceState, StandbyInstanceRequest,
+    StartInstanceRequest, WaitForStateResponse,
 };
 
 use super::{
@@ -219,6 +219,23 @@ pub(super) async fn restore(
         &view,
         &doze_engine::now(),
     )))
+}
+
+/// Where an instance's time went, and why
+#[utoipa::path(get, path = "/instances/{id}/phases", tag = "instances", operation_id = "getInstancePhases",
+    params(("id" = String, Path, description = "Id, name, or unique prefix of an id")),
+    responses(
+        (status = 200, description = "The ledger and the last changes of phase", body = InstancePhases),
+        (status = 404, description = "There is none", body = doze_api::ErrorBody),
+    ))]
+pub(super) async fn phases(
+    State(state): State<AppState>,
+    Segment(id): Segment,
+    query: QueryReader,
+) -> Result<Json<InstancePhases>, ApiError> {
+    query.finish("none")?;
+    let view = state.engine().get(&id)?;
+    Ok(Json(convert::instance::phases(&view, &doze_engine::now())))
 }
 
 /// Wait until an instance is in a state

@@ -33,6 +33,7 @@ mod images;
 mod import;
 mod instances;
 mod logs;
+mod metrics;
 mod openapi;
 mod spec;
 #[cfg(test)]
@@ -112,6 +113,8 @@ fn served() -> OpenApiRouter<AppState> {
         .routes(routes!(instances::standby))
         .routes(routes!(instances::restore))
         .routes(routes!(instances::wait))
+        .routes(routes!(instances::phases))
+        .routes(routes!(metrics::metrics))
         .routes(routes!(logs::logs))
         .routes(routes!(exec::exec))
         .routes(routes!(images::list))

@@ -5,8 +5,8 @@ use reqwest::Method;
 
 use super::{Client, ClientError};
 use crate::{
-    CreateInstanceRequest, Instance, InstanceState, StandbyInstanceRequest, StartInstanceRequest,
-    WaitForStateResponse,
+    CreateInstanceRequest, Instance, InstancePhases, InstanceState, StandbyInstanceRequest,
+    StartInstanceRequest, WaitForStateResponse,
 };
 
 /// Which instances to list; all conditions must hold.
@@ -106,6 +106,12 @@ impl Client {
     /// `POST /instances/{id}/restore`.
     pub async fn restore_instance(&self, id: &str) -> Result<Instance, ClientError> {
         self.json(self.request(Method::POST, &["instances", id, "restore"])?)
+            .await
+    }
+
+    /// `GET /instances/{id}/phases`.
+    pub async fn instance_phases(&self, id: &str) -> Result<InstancePhases, ClientError> {
+        self.json(self.request(Method::GET, &["instances", id, "phases"])?)
             .await
     }
 

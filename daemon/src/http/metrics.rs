@@ -1,0 +1,129 @@
+//! `GET /metrics`: counters and gauges in the OpenMetrics text format, which Prometheus reads.
+//!
+//! The numbers are read when somebody asks; nothing is collected in between.
+use axum::{
+    extract::State,
+    http::header,
+    response::{IntoResponse, Response},
+};
+use doze_engine::MetricsView;
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeMetric, text},
+    metrics::{counter::ConstCounter, gauge::ConstGauge},
+    registry::{Registry, Unit},
+};
+
+use super::{AppState, errors::ApiError, extract::QueryReader};
+
+/// OpenMetrics 1.0, "Protocol Negotiation".
+const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// Counters and gauges for Prometheus
+#[utoipa::path(get, path = "/metrics", tag = "server", operation_id = "getMetrics",
+    responses((status = 200, description = "OpenMetrics text", body = String,
+        content_type = "application/openmetrics-text")))]
+pub(super) async fn metrics(
+    State(state): State<AppState>,
+    query: QueryReader,
+) -> Result<Response, ApiError> {
+    query.finish("none")?;
+    let text = render(state.engine().metrics())
+        .map_err(|error| ApiError::internal(format!("writing the metrics: {error}")))?;
+    Ok(([(header::CONTENT_TYPE, CONTENT_TYPE)], text).into_response())
+}
+
+fn render(view: MetricsView) -> Result<String, std::fmt::Error> {
+    let mut registry = Registry::default();
+    registry.register_collector(Box::new(Look(view)));
+    let mut out = String::new();
+    text::encode(&mut out, &registry)?;
+    Ok(out)
+}
+
+#[derive(Debug)]
+struct Look(MetricsView);
+
+impl Collector for Look {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), std::fmt::Error> {
+        instances(&self.0, &mut encoder)?;
+        phase_seconds(&self.0, &mut encoder)?;
+        transitions(&self.0, &mut encoder)
+    }
+}
+
+fn instances(view: &MetricsView, encoder: &mut DescriptorEncoder) -> std::fmt::Result {
+    let kind = ConstGauge::<i64>::new(0).metric_type();
+    let mut family =
+        encoder.encode_descriptor("doze_instances", "Instances by state", None, kind)?;
+    for (state, count) in &view.instances {
+        let gauge = ConstGauge::new(i64::try_from(*count).unwrap_or(i64::MAX));
+        gauge.encode(family.encode_family(&[("state", state.phase())])?)?;
+    }
+    Ok(())
+}
+
+fn phase_seconds(view: &MetricsView, encoder: &mut DescriptorEncoder) -> std::fmt::Result {
+    let kind = ConstCounter::new(0.0).metric_type();
+    let mut family = encoder.encode_descriptor(
+        "doze_phase",
+        "Time that all instances spent in a phase since the server's start",
+        Some(&Unit::Seconds),
+        kind,
+    )?;
+    for (state, us) in &view.phase_us {
+        // Whole microseconds up to 2^53 (285 years) are exact.
+        let counter = ConstCounter::new(*us as f64 / 1e6);
+        counter.encode(family.encode_family(&[("phase", state.phase())])?)?;
+    }
+    Ok(())
+}
+
+fn transitions(view: &MetricsView, encoder: &mut DescriptorEncoder) -> std::fmt::Result {
+    let kind = ConstCounter::new(0u64).metric_type();
+    let mut family = encoder.encode_descriptor(
+        "doze_phase_transitions",
+        "Changes of phase since the server's start",
+        None,
+        kind,
+    )?;
+    for ((from, to, cause), count) in &view.changes {
+        let labels = [
+            ("from", from.phase()),
+            ("to", to.phase()),
+            ("cause", cause.as_str()),
+        ];
+        ConstCounter::new(*count).encode(family.encode_family(&labels)?)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use std::collections::BTreeMap;
+
+    use doze_lifecycle::{Cause, State};
+
+    use super::*;
+
+    #[test]
+    fn the_text_is_what_prometheus_reads() {
+        let text = render(MetricsView {
+            instances: BTreeMap::from([(State::Running, 2)]),
+            phase_us: BTreeMap::from([(State::Standby, 1_500_000)]),
+            changes: BTreeMap::from([((State::Running, State::Paused, Cause::AutoStandby), 3)]),
+        })
+        .unwrap();
+        for line in [
+            "# TYPE doze_instances gauge",
+            "doze_instances{state=\"running\"} 2",
+            "# TYPE doze_phase_seconds counter",
+            "doze_phase_seconds_total{phase=\"standby\"} 1.5",
+            "doze_phase_transitions_total{from=\"running\",to=\"paused\",cause=\"auto-standby\"} 3",
+            "# EOF",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line}\n{text}");
+        }
+    }
+}
