@@ -126,12 +126,20 @@ step "its redis answers" \
 step "what its program says" doze logs --tail 3 demo
 step "write to its disk, and to its redis" \
     doze exec demo -- sh -c 'echo "written before the stop" > note; redis-cli SET greeting hello'
+step "a value only its memory knows" \
+    doze exec demo -- sh -c 'redis-cli CONFIG SET save "" && redis-cli SET dream "kept in memory"'
+step "standby: no CPU, no RAM, its memory is a file" doze standby demo
+[ -z "$(ip netns pids "$NETNS" | grep -vx "$SERVER" || true)" ] || die "a sleeping instance has a process"
+step "asleep" doze ps
+step "restore: it goes on where it was" doze restore demo
+step "nothing is forgotten" doze exec demo -- redis-cli GET dream
+[[ $last == *"kept in memory"* ]] || die "its memory is gone"
 step "stop: no CPU, no memory, only files" doze stop demo
 step "start again" doze start demo
 step "its disk is as it was" doze exec --timeout 30 demo -- sh -c \
     'cat note; until redis-cli ping >/dev/null 2>&1; do sleep 0.1; done; redis-cli GET greeting'
 [[ $last == *"written before the stop"* && $last == *hello* ]] || die "the data is gone"
-step "time in every phase, for the bill" doze inspect --summary demo
+step "time in every phase, for the bill" doze phases demo
 step "delete it" doze rm -f demo
 step "nothing is left" doze ps -a
 [[ $last != *demo* ]] || die "the instance is still listed"

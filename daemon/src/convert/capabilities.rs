@@ -58,12 +58,17 @@ pub(crate) async fn capabilities(engine: &Engine) -> Capabilities {
     }
 }
 
-/// No monitor has standby, snapshots or pause through this API yet, so none is listed.
+/// What every monitor of this build does through this API; snapshots, fork and pause are not built yet.
+const RUNTIME_FEATURES: [&str; 1] = ["standby"];
+
 fn runtime(hypervisor: Hypervisor, probe: Probe) -> Runtime {
     Runtime {
         name: instance::hypervisor(hypervisor).as_str().to_owned(),
         available: probe.missing.is_none(),
-        features: Vec::new(),
+        features: match probe.missing {
+            None => RUNTIME_FEATURES.map(str::to_owned).to_vec(),
+            Some(_) => Vec::new(),
+        },
         unavailable_reason: probe.missing,
         version: probe.version,
         acceleration: Some(
