@@ -8,9 +8,36 @@ pub mod standby;
 pub mod start;
 pub mod stop;
 
+use std::time::Instant;
+
 use tokio_util::sync::CancellationToken;
 
 use crate::EngineError;
+
+/// Says where an operation's time went, in one line for its log.
+pub struct Laps {
+    begun: Instant,
+    text: String,
+}
+
+impl Laps {
+    pub fn start(operation: &str) -> Laps {
+        Laps {
+            begun: Instant::now(),
+            text: format!("{operation} took"),
+        }
+    }
+
+    /// `what` is done now: milliseconds since the operation began.
+    pub fn lap(&mut self, what: &str) {
+        let ms = self.begun.elapsed().as_secs_f64() * 1e3;
+        self.text.push_str(&format!(" {what} {ms:.1} ms,"));
+    }
+
+    pub fn text(&self) -> &str {
+        self.text.trim_end_matches(',')
+    }
+}
 
 /// Why an operation that can be interrupted should give up.
 pub type Cancel = CancellationToken;

@@ -14,7 +14,7 @@ use doze_lifecycle::{Fact, Operation};
 use doze_snapshot::manifest::{self, Manifest, MemoryCodec};
 use doze_vmm::{MachineDescription, MachineStatus};
 
-use super::{Cancel, check, launch, standby::manifest_error};
+use super::{Cancel, Laps, check, launch, standby::manifest_error};
 use crate::{
     EngineError,
     context::{blocking, io_error},
@@ -33,17 +33,25 @@ const ANSWER_PATIENCE: Duration = Duration::from_secs(15);
 pub async fn run(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineError> {
     instance.commit(Fact::Admitted(Operation::Restore)).await?;
     instance.reach(KillPoint::RestoreAdmitted);
-    if let Err(error) = wake(instance, cancel).await {
+    let mut laps = Laps::start("restore");
+    if let Err(error) = wake(instance, cancel, &mut laps).await {
         instance.note(&format!("restore failed: {error}"));
         undo(instance, &error.to_string()).await?;
         return Err(error);
     }
-    prove(instance, cancel).await
+    prove(instance, cancel).await?;
+    laps.lap("answered");
+    instance.note(laps.text());
+    Ok(())
 }
 
 /// On success the CPUs run and the record says so. On error they never ran, or the record could
 /// not be told; [`undo`] finds out which.
-async fn wake(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineError> {
+async fn wake(
+    instance: &mut Instance,
+    cancel: &Cancel,
+    laps: &mut Laps,
+) -> Result<(), EngineError> {
     let ctx = instance.ctx.clone();
     let _turn = tokio::select! {
         turn = ctx.restore_turn() => turn?,
@@ -58,6 +66,7 @@ async fn wake(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineErro
         .check_loads(&description, &manifest.monitor_version)
         .await
         .map_err(vmm_error)?;
+    laps.lap("verified");
     instance.reach(KillPoint::RestoreVerified);
     check(cancel)?;
 
@@ -69,6 +78,7 @@ async fn wake(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineErro
         .spawn_to_load(&description)
         .await
         .map_err(vmm_error)?;
+    laps.lap("machine waits");
     instance.reach(KillPoint::RestoreSpawned);
     instance.description = Some(description);
     let live = Live::new(machine, false);
@@ -78,6 +88,7 @@ async fn wake(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineErro
     // What the guest had written when it fell asleep must have somewhere to go while it is loaded.
     agent.linked(LINK_PATIENCE).await?;
     machine.load(&place).await.map_err(vmm_error)?;
+    laps.lap("loaded");
     instance.reach(KillPoint::RestoreLoaded);
     // The last moment to change one's mind.
     check(cancel)?;
@@ -86,6 +97,7 @@ async fn wake(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineErro
         .map_err(manifest_error)?;
     instance.reach(KillPoint::RestoreConsumed);
     machine.resume().await.map_err(vmm_error)?;
+    laps.lap("resumed");
     instance.reach(KillPoint::RestoreResumed);
     record_resumed(instance).await
 }

@@ -17,7 +17,7 @@ use doze_lifecycle::{Command, Fact, Operation, Refusal, Stamp, State};
 use doze_snapshot::manifest::{self, FileEntry, MANIFEST_VERSION, Manifest, Memory, MemoryCodec};
 use doze_vmm::{MachineDescription, MachineStatus, SavedFile};
 
-use super::{Cancel, check};
+use super::{Cancel, Laps, check};
 use crate::{
     EngineError, ExecPolicy,
     context::{blocking, io_error},
@@ -34,8 +34,14 @@ pub async fn run(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineE
     check_sessions(instance)?;
     instance.commit(Fact::Admitted(Operation::Standby)).await?;
     instance.reach(KillPoint::StandbyAdmitted);
-    match make_snapshot(instance, cancel).await {
-        Ok(()) => finish(instance).await,
+    let mut laps = Laps::start("standby");
+    match make_snapshot(instance, cancel, &mut laps).await {
+        Ok(()) => {
+            finish(instance).await?;
+            laps.lap("asleep");
+            instance.note(laps.text());
+            Ok(())
+        }
         Err(error) => {
             instance.note(&format!("standby given up: {error}"));
             undo(instance, &error.to_string()).await?;
@@ -64,7 +70,11 @@ fn check_sessions(instance: &Instance) -> Result<(), EngineError> {
     }
 }
 
-async fn make_snapshot(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineError> {
+async fn make_snapshot(
+    instance: &mut Instance,
+    cancel: &Cancel,
+    laps: &mut Laps,
+) -> Result<(), EngineError> {
     let (Some(live), Some(description)) = (&instance.live, instance.description.clone()) else {
         return Err(EngineError::Internal {
             context: "standby".into(),
@@ -78,17 +88,21 @@ async fn make_snapshot(instance: &mut Instance, cancel: &Cancel) -> Result<(), E
     let _room = instance.ctx.reserve_disk(&instance.dir(), ROOM)?;
     prepare_stage(&place).await?;
     flush(&description, cancel).await?;
+    laps.lap("flushed");
     instance.reach(KillPoint::StandbyFlushed);
     check(cancel)?;
 
     machine.pause().await.map_err(vmm_error)?;
     let paused_at = now();
+    laps.lap("paused");
     instance.reach(KillPoint::StandbyPaused);
     let stage = manifest::stage_of(&place);
-    let (recorded, saved) = tokio::join!(
-        instance.commit_at(Fact::CpusPaused, &paused_at),
-        machine.save(&stage)
-    );
+    let saving = async {
+        let saved = machine.save(&stage).await;
+        laps.lap("saved");
+        saved
+    };
+    let (recorded, saved) = tokio::join!(instance.commit_at(Fact::CpusPaused, &paused_at), saving);
     recorded?;
     let saved = saved.map_err(vmm_error)?;
     instance.reach(KillPoint::StandbySaved);
@@ -100,6 +114,7 @@ async fn make_snapshot(instance: &mut Instance, cancel: &Cancel) -> Result<(), E
     // The last moment to change one's mind.
     check(cancel)?;
     mark(&place).await?;
+    laps.lap("durable");
     instance.reach(KillPoint::StandbyMarked);
     if let Err(error) = instance.commit(Fact::SnapshotCommitted).await {
         // Nobody was told, and the guest has not run since: it goes on, but not with the mark there.
