@@ -199,6 +199,10 @@ pub trait Monitor: Send + Sync {
 pub trait Machine: Send + Sync {
     fn process(&self) -> &ProcessId;
 
+    /// Version of this very process, which may be older than the binary that is installed now; a saved machine
+    /// belongs to it. The same form as [`Probe::version`].
+    fn version(&self) -> &str;
+
     /// Unix socket of the guest's control channel (a byte stream).
     fn agent_socket(&self) -> &Path;
 

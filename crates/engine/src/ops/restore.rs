@@ -14,7 +14,10 @@ use doze_lifecycle::{Fact, Operation};
 use doze_snapshot::manifest::{self, Manifest, MemoryCodec};
 use doze_vmm::{MachineDescription, MachineStatus};
 
-use super::{Cancel, Laps, check, launch, standby::manifest_error};
+use super::{
+    Cancel, Laps, check, launch,
+    standby::{ROOM, manifest_error},
+};
 use crate::{
     EngineError,
     context::{blocking, io_error},
@@ -61,6 +64,8 @@ async fn wake(
     let manifest = verify(instance, &place).await?;
     let description = manifest.machine;
     ctx.reserve_memory(&instance.id, description.memory_bytes)?;
+    // A guest that wakes on a full disk dies as soon as it touches a page that its file has not yet.
+    let _room = ctx.reserve_disk(&instance.dir(), ROOM)?;
     let monitor = ctx.monitor(description.hypervisor)?.clone();
     monitor
         .check_loads(&description, &manifest.monitor_version)

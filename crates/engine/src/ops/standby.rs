@@ -27,11 +27,12 @@ use crate::{
 };
 
 /// What device state, manifest and the file system's own bookkeeping may need.
-const ROOM: u64 = 16 << 20;
+pub const ROOM: u64 = 16 << 20;
 
 /// From Initializing or Running to Standby. On error the guest goes on, unless its machine died.
 pub async fn run(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineError> {
     check_sessions(instance)?;
+    let _room = instance.ctx.reserve_disk(&instance.dir(), ROOM)?;
     instance.commit(Fact::Admitted(Operation::Standby)).await?;
     instance.reach(KillPoint::StandbyAdmitted);
     let mut laps = Laps::start("standby");
@@ -83,9 +84,7 @@ async fn make_snapshot(
     };
     let machine = live.machine.clone();
     let place = instance.dir().join(SNAPSHOT);
-    let monitor = instance.ctx.monitor(description.hypervisor)?.clone();
-    let version = monitor.probe().await.version.unwrap_or_default();
-    let _room = instance.ctx.reserve_disk(&instance.dir(), ROOM)?;
+    let version = machine.version().to_owned();
     prepare_stage(&place).await?;
     flush(&description, cancel).await?;
     laps.lap("flushed");

@@ -65,6 +65,7 @@ pub(super) struct Places {
 #[derive(Debug)]
 pub(super) struct QemuMachine {
     process: Arc<ProcessHandle>,
+    version: String,
     places: Places,
     /// Where this process's words begin in the log.
     log_start: u64,
@@ -110,6 +111,7 @@ pub(super) async fn take_up(
     };
     Ok(Some(QemuMachine {
         process,
+        version: qmp.version().to_owned(),
         places,
         log_start,
         status,
@@ -178,6 +180,10 @@ impl QemuMachine {
 impl Machine for QemuMachine {
     fn process(&self) -> &ProcessId {
         self.process.id()
+    }
+
+    fn version(&self) -> &str {
+        &self.version
     }
 
     fn agent_socket(&self) -> &Path {

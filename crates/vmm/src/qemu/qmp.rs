@@ -127,10 +127,16 @@ pub(super) struct Event(pub String);
 pub(super) struct Qmp {
     lines: Framed<UnixStream, LinesCodec>,
     next_id: u64,
+    version: String,
     event_pending: bool,
 }
 
 impl Qmp {
+    /// Version of the process at the other end, for example `7.2.22`; empty when it did not say.
+    pub fn version(&self) -> &str {
+        &self.version
+    }
+
     /// Takes over a fresh connection: waits for the greeting, then negotiates.
     ///
     /// QEMU serves one client at a time and leaves the next in the backlog, without a greeting,
@@ -139,6 +145,7 @@ impl Qmp {
         let mut qmp = Self {
             lines: Framed::new(stream, LinesCodec::new_with_max_length(MAX_LINE)),
             next_id: 0,
+            version: String::new(),
             event_pending: false,
         };
         timeout(deadline, qmp.greeting())
@@ -163,8 +170,12 @@ impl Qmp {
     }
 
     async fn greeting(&mut self) -> Result<(), QmpError> {
-        while self.message().await?.greeting.is_none() {}
-        Ok(())
+        loop {
+            if let Some(greeting) = self.message().await?.greeting {
+                self.version = version(&greeting);
+                return Ok(());
+            }
+        }
     }
 
     /// Sends one command and waits for its answer. Events that come meanwhile are kept in mind:
@@ -300,6 +311,15 @@ impl Qmp {
     }
 }
 
+/// `VersionInfo` of qapi/control.json.
+fn version(greeting: &Value) -> String {
+    let part = |name| greeting["version"]["qemu"][name].as_u64();
+    match (part("major"), part("minor"), part("micro")) {
+        (Some(major), Some(minor), Some(micro)) => format!("{major}.{minor}.{micro}"),
+        _ => String::new(),
+    }
+}
+
 fn lost(error: LinesCodecError) -> QmpError {
     QmpError::Lost(match error {
         LinesCodecError::Io(e) => e,
@@ -336,7 +356,7 @@ mod tests {
         }
     }
 
-    const GREETING: &str = "{\"QMP\": {\"version\": {}, \"capabilities\": [\"oob\"]}}\r\n";
+    const GREETING: &str = "{\"QMP\": {\"version\": {\"qemu\": {\"micro\": 22, \"minor\": 2, \"major\": 7}}, \"capabilities\": [\"oob\"]}}\r\n";
     const DONE: &str = r#"{"return": {}, "id": ID}"#;
 
     async fn connect(reply: impl Fn(&str) -> Vec<&'static str> + Send + 'static) -> Qmp {
@@ -365,6 +385,7 @@ mod tests {
         .await;
         let state = qmp.execute(&QueryStatus {}, DEADLINE).await.unwrap();
         assert_eq!((state.status.as_str(), state.running), ("running", true));
+        assert_eq!(qmp.version(), "7.2.22");
         assert!(qmp.take_event_pending());
         assert!(!qmp.take_event_pending());
     }

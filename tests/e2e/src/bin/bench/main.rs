@@ -1,5 +1,5 @@
-//! Prints, as Markdown, how long a create takes to `Running` and what 1,000 stopped instances cost the
-//! server, beside machine model and core count. Run it on an otherwise idle machine:
+//! Prints, as Markdown, how long a create takes to `Running`, how long standby and restore take, and what
+//! 1,000 stopped instances cost the server, beside machine model and core count. Run it on an otherwise idle machine:
 //! `cargo run --release -p doze-e2e --bin bench`.
 use std::{
     ffi::OsStr,
@@ -18,6 +18,8 @@ use doze_e2e::{
     world::WorldOptions,
 };
 use serde_json::json;
+
+mod standby;
 
 const BOOTS: usize = 10;
 const SEEDED: usize = 1_000;
@@ -46,6 +48,7 @@ fn bench(sandbox: Sandbox) -> Result<()> {
         for hypervisor in ["qemu-microvm", "qemu"] {
             boots(&world, hypervisor).await?;
         }
+        standby::cycles(&world).await?;
         world.tear_down().await?;
         println!("\n| with {SEEDED} stopped instances | measured | aim |\n|---|---|---|");
         let server = world.another_server(&ServerOptions::default())?;
