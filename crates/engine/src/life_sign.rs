@@ -31,7 +31,7 @@ use crate::{
 
 const HEARTBEAT: &str = "heartbeat";
 /// Between two beats; what an estimate may lack of the truth at most when nothing else was written.
-const EVERY: Duration = Duration::from_secs(5);
+const EVERY: Duration = Duration::from_secs(1);
 
 /// The server's sign of life. Ends when dropped.
 pub struct Heart {

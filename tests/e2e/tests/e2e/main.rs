@@ -13,6 +13,7 @@ use doze_e2e::{
 };
 
 mod bad_input;
+mod billing;
 mod cli;
 mod crash;
 mod exec;
@@ -58,6 +59,7 @@ fn groups(points: &[String]) -> Result<Vec<Group>> {
     for hypervisor in ["qemu", "qemu-microvm"] {
         groups.push(on(hypervisor, "", shared_cases()));
         groups.push(on(hypervisor, "-restart", restart::cases()));
+        groups.push(on(hypervisor, "-billing", billing::cases()));
     }
     groups.push(on("qemu-microvm", "-sdk", sdk::cases()));
     groups.push(on("qemu-microvm", "-bad-input", bad_input::cases()));
