@@ -9,6 +9,7 @@ use crate::{Api, exec, procs, server::Server, world::instance_folders};
 /// The API's account, processes, TAPs and folders agree:
 /// - each instance in a state with a machine has exactly one VMM, any other none;
 /// - no VMM, TAP or folder without an instance;
+/// - a snapshot exactly where one is claimed, none half-made, sockets only beside a VMM;
 /// - a Running one answers exec.
 ///
 /// Returns the instances. Call it when no operation is in flight.
@@ -49,12 +50,14 @@ pub async fn agree(api: &Api, server: &Server) -> Result<Vec<Value>> {
             own == usize::from(machine),
             "{id} is {state} and has {own} VMMs"
         );
-        if machine && instance["network"]["enabled"] == true {
+        // A sleeping one keeps its TAP, and with it its address.
+        if (machine || state == "Standby") && instance["network"]["enabled"] == true {
             ensure!(
                 taps.iter().any(|(_, alias)| alias == id),
                 "{id} is {state} and has no TAP"
             );
         }
+        files(server, instance, machine)?;
         if state == "Running" {
             let echo = exec::sh(api, id, "echo alive")
                 .await
@@ -63,4 +66,33 @@ pub async fn agree(api: &Api, server: &Server) -> Result<Vec<Value>> {
         }
     }
     Ok(instances)
+}
+
+/// What the instance's folder holds fits its state.
+fn files(server: &Server, instance: &Value, machine: bool) -> Result<()> {
+    let id = instance["id"].as_str().context("id")?;
+    let state = instance["state"].as_str().context("state")?;
+    let dir = server.data_dir.join("instances").join(id);
+    let there = |name: &str| dir.join(name).exists();
+    ensure!(
+        !there("snapshot.stage"),
+        "{id} is {state} and has a half-made snapshot"
+    );
+    let asleep = state == "Standby";
+    ensure!(
+        there("snapshot") == asleep,
+        "{id} is {state}; a snapshot lies in its folder: {}",
+        !asleep
+    );
+    ensure!(
+        instance["has_snapshot"] == asleep,
+        "{id} is {state} and says has_snapshot: {}",
+        instance["has_snapshot"]
+    );
+    ensure!(
+        there("run") == machine,
+        "{id} is {state}; sockets lie in its folder: {}",
+        !machine
+    );
+    Ok(())
 }

@@ -23,10 +23,14 @@ pub mod phases;
 pub mod preflight;
 pub mod procs;
 pub mod redis;
+pub mod sample;
 pub mod sandbox;
 pub mod server;
+pub mod witness;
 pub mod world;
 
 pub use api::{Api, Reply};
 pub use harness::{Case, Group};
+pub use sample::Sample;
+pub use witness::Witness;
 pub use world::World;

@@ -51,12 +51,37 @@ pub fn vmms(data_dir: &Path) -> Result<Vec<Vmm>> {
 
 /// SIGKILL by pid; gone already is fine.
 pub fn kill(pid: i32) -> Result<()> {
+    signal(pid, Signal::KILL)
+}
+
+fn signal(pid: i32, signal: Signal) -> Result<()> {
     let Some(pid) = Pid::from_raw(pid) else {
         bail!("{pid} is not a pid")
     };
-    match kill_process(pid, Signal::KILL) {
+    match kill_process(pid, signal) {
         Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
-        Err(e) => Err(e).with_context(|| format!("kill {}", pid.as_raw_nonzero())),
+        Err(e) => Err(e).with_context(|| format!("{signal:?} to {}", pid.as_raw_nonzero())),
+    }
+}
+
+/// A process that stands still (SIGSTOP) until released, at the latest when this is dropped.
+#[derive(Debug)]
+pub struct Held(i32);
+
+impl Held {
+    pub fn new(pid: i32) -> Result<Self> {
+        signal(pid, Signal::STOP)?;
+        Ok(Self(pid))
+    }
+
+    pub fn release(self) -> Result<()> {
+        signal(self.0, Signal::CONT)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let _gone_already_is_fine = signal(self.0, Signal::CONT);
     }
 }
 

@@ -178,7 +178,12 @@ impl Server {
 
     /// Starts it and expects it to end by itself: its status.
     pub async fn start_must_fail(&self) -> Result<(ExitStatus, String)> {
-        let mut child = self.command(&[])?.spawn()?;
+        self.start_must_fail_with(&[]).await
+    }
+
+    /// As [`Server::start_must_fail`], with additions to its environment.
+    pub async fn start_must_fail_with(&self, env: &[(&str, &str)]) -> Result<(ExitStatus, String)> {
+        let mut child = self.command(env)?.spawn()?;
         match tokio::time::timeout(START_DEADLINE, child.wait()).await {
             Ok(status) => Ok((status?, self.log_tail())),
             Err(_) => {

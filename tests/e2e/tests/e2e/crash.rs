@@ -1,4 +1,5 @@
-//! kill -9 of the server at every named point inside create, start, stop and delete.
+//! kill -9 of the server at every named point inside create, start, stop and delete; `crash_standby` has
+//! those inside standby and restore.
 //!
 //! The server kills itself when it reaches the point that `DOZE_KILL_AT` names. After a restart
 //! without it, what the API says, processes, TAPs and files must agree, and the instance must be
@@ -11,6 +12,8 @@ use doze_e2e::{
     Api, Case, Group, World, checks, exec, preflight::Tools, procs, world::WorldOptions,
 };
 use serde_json::json;
+
+use crate::crash_standby;
 
 /// What is interrupted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,7 +53,8 @@ impl Operation {
         let part = point.split('.').next().unwrap_or_default();
         match self {
             Self::Create => matches!(part, "create" | "launch"),
-            Self::Start => matches!(part, "start" | "launch"),
+            // Where it gives memory up is `crash_standby`'s.
+            Self::Start => matches!(part, "start" | "launch") && point != "start.memory_discarded",
             Self::Stop => part == "stop",
             Self::DeleteRunning => part == "delete",
             // No machine: nothing to kill.
@@ -83,7 +87,7 @@ pub fn kill_points(tools: &Tools) -> Result<Vec<String>> {
 pub fn groups(points: &[String]) -> Result<Vec<Group>> {
     for point in points {
         ensure!(
-            Operation::ALL.iter().any(|op| op.passes(point)),
+            Operation::ALL.iter().any(|op| op.passes(point)) || crash_standby::covers(point),
             "no operation is known to pass kill point {point:?}"
         );
     }

@@ -6,7 +6,7 @@ use std::{process::ExitCode, sync::Arc};
 
 use anyhow::{Context as _, Result};
 use doze_e2e::{
-    Case, Group, World, harness,
+    Case, Group, Sample, World, harness,
     preflight::Tools,
     sandbox::{self, Sandbox},
     world::WorldOptions,
@@ -16,6 +16,7 @@ mod bad_input;
 mod billing;
 mod cli;
 mod crash;
+mod crash_standby;
 mod exec;
 mod hosts;
 mod lifecycle;
@@ -56,6 +57,7 @@ fn groups(points: &[String]) -> Result<Vec<Group>> {
     let mut groups = Vec::new();
     // The longest groups first, so that the two workers end at about the same time.
     groups.extend(crash::groups(points)?);
+    groups.extend(crash_standby::groups(points, &Sample::from_env()?)?);
     for hypervisor in ["qemu", "qemu-microvm"] {
         groups.push(on(hypervisor, "", shared_cases()));
         groups.push(on(hypervisor, "-restart", restart::cases()));
