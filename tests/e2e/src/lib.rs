@@ -25,6 +25,7 @@ pub mod procs;
 pub mod redis;
 pub mod sandbox;
 pub mod server;
+pub mod traffic;
 pub mod world;
 
 pub use api::{Api, Reply};

@@ -23,6 +23,7 @@ mod lookup;
 mod network;
 mod restart;
 mod sdk;
+mod standby;
 mod stateful;
 
 fn main() -> ExitCode {
@@ -58,6 +59,7 @@ fn groups(points: &[String]) -> Result<Vec<Group>> {
     for hypervisor in ["qemu", "qemu-microvm"] {
         groups.push(on(hypervisor, "", shared_cases()));
         groups.push(on(hypervisor, "-restart", restart::cases()));
+        groups.push(on(hypervisor, "-standby", standby::cases()));
     }
     groups.push(on("qemu-microvm", "-sdk", sdk::cases()));
     groups.push(on("qemu-microvm", "-bad-input", bad_input::cases()));
