@@ -26,6 +26,7 @@ pub mod redis;
 pub mod sample;
 pub mod sandbox;
 pub mod server;
+pub mod traffic;
 pub mod witness;
 pub mod world;
 

@@ -25,6 +25,7 @@ mod lookup;
 mod network;
 mod restart;
 mod sdk;
+mod standby;
 mod stateful;
 
 fn main() -> ExitCode {
@@ -62,6 +63,7 @@ fn groups(points: &[String]) -> Result<Vec<Group>> {
         groups.push(on(hypervisor, "", shared_cases()));
         groups.push(on(hypervisor, "-restart", restart::cases()));
         groups.push(on(hypervisor, "-billing", billing::cases()));
+        groups.push(on(hypervisor, "-standby", standby::cases()));
     }
     groups.push(on("qemu-microvm", "-sdk", sdk::cases()));
     groups.push(on("qemu-microvm", "-bad-input", bad_input::cases()));
