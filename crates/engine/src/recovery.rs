@@ -67,6 +67,9 @@ pub async fn run(instance: &mut Instance) -> Result<bool, EngineError> {
         Some(Operation::Start) if !ran => {
             instance.kill_machine().await?;
             forget_machine(instance, None).await?;
+            if !instance.record.has_snapshot() {
+                instance.discard_memory().await;
+            }
             let reason = "the server ended before the guest ran".to_owned();
             instance.commit(Fact::OperationFailed { reason }).await?;
         }
@@ -161,6 +164,7 @@ async fn forget_machine(instance: &mut Instance, failure: Option<&str>) -> Resul
     if instance.record.machine().is_none() {
         return Ok(());
     }
+    instance.discard_memory().await;
     let failure = failure.map(str::to_owned);
     instance.commit(Fact::MachineGone { failure }).await
 }

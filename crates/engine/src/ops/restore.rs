@@ -175,6 +175,7 @@ pub async fn undo(instance: &mut Instance, reason: &str) -> Result<(), EngineErr
         }
         (false, MachineStatus::Gone) => {
             instance.kill_machine().await?;
+            instance.discard_memory().await;
             instance.reach(KillPoint::RestoreUndone);
             let reason = format!(
                 "the guest's memory is lost: its machine ended after the snapshot was consumed ({reason})"
