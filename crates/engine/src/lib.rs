@@ -34,7 +34,7 @@ mod view;
 
 pub use engine::{Engine, Monitors};
 pub use error::EngineError;
-pub use kill::{KillPoint, KillSwitch};
+pub use kill::{CommitStep, KillPoint, KillSwitch};
 pub use seed::seed_stopped;
 pub use store::AddressPool;
 pub use view::{InstanceSpec, InstanceView, NetworkClaim};
