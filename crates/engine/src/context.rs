@@ -54,7 +54,7 @@ impl Context {
         let kill = config.kill.clone();
         Context {
             config,
-            store,
+            store: store.watched(kill.clone()),
             images,
             monitors,
             kill,

@@ -214,7 +214,8 @@ impl Instance {
         Ok(())
     }
 
-    /// Kills the VMM if the record names one, and records that it is gone.
+    /// Kills the VMM if the record names one, and records that it is gone. Memory that nobody sleeps in goes
+    /// with it.
     pub async fn end_machine(
         &mut self,
         killed: KillPoint,
@@ -222,10 +223,22 @@ impl Instance {
     ) -> Result<(), EngineError> {
         self.kill_machine().await?;
         self.reach(killed);
+        if !self.record.has_snapshot() {
+            self.discard_memory().await;
+        }
         if self.record.machine().is_some() {
             self.commit(Fact::MachineGone { failure }).await?;
         }
         Ok(())
+    }
+
+    /// Removes memory and snapshot files that are good for nothing any more. Called before the record says
+    /// that the machine is gone: afterwards a crash would leave them until the next start. What cannot
+    /// be removed now goes then.
+    pub async fn discard_memory(&self) {
+        if let Err(error) = crate::ops::launch::remove_memory(self).await {
+            self.note(&format!("removing the memory of the run: {error}"));
+        }
     }
 
     /// Books the program's exit if it is not known yet: from the channel, else from the serial

@@ -103,10 +103,23 @@ kill_points! {
 pub struct KillSwitch {
     armed: Option<String>,
     watcher: Option<Watcher>,
+    commits: Option<CommitWatcher>,
 }
 
 /// Told of every point that is reached.
 type Watcher = std::sync::Arc<dyn Fn(KillPoint) + Send + Sync>;
+
+/// Told of every commit to the store, before and after.
+type CommitWatcher = std::sync::Arc<dyn Fn(CommitStep) -> Result<(), String> + Send + Sync>;
+
+/// Where a commit to the store stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CommitStep {
+    /// Nothing of it was handed to the store.
+    Before,
+    /// It is durable; nobody was told.
+    After,
+}
 
 impl std::fmt::Debug for KillSwitch {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -122,7 +135,7 @@ impl KillSwitch {
             Some(name) if !KillPoint::ALL.iter().any(|point| point.name() == name) => Err(name),
             armed => Ok(KillSwitch {
                 armed,
-                watcher: None,
+                ..KillSwitch::default()
             }),
         }
     }
@@ -131,9 +144,23 @@ impl KillSwitch {
     /// panicking.
     pub fn watched(watcher: impl Fn(KillPoint) + Send + Sync + 'static) -> KillSwitch {
         KillSwitch {
-            armed: None,
             watcher: Some(std::sync::Arc::new(watcher)),
+            ..KillSwitch::default()
         }
+    }
+
+    /// The same for commits to the store; an error of `watcher` is the store's refusal.
+    #[must_use]
+    pub fn watching_commits(
+        mut self,
+        watcher: impl Fn(CommitStep) -> Result<(), String> + Send + Sync + 'static,
+    ) -> KillSwitch {
+        self.commits = Some(std::sync::Arc::new(watcher));
+        self
+    }
+
+    pub(crate) fn commit(&self, step: CommitStep) -> Result<(), String> {
+        self.commits.as_ref().map_or(Ok(()), |watch| watch(step))
     }
 
     /// Dies here when armed for this point.

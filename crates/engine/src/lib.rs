@@ -36,7 +36,7 @@ mod view;
 
 pub use engine::{Engine, Monitors};
 pub use error::EngineError;
-pub use kill::{KillPoint, KillSwitch};
+pub use kill::{CommitStep, KillPoint, KillSwitch};
 pub use metrics::MetricsView;
 pub use seed::seed_stopped;
 pub use store::AddressPool;

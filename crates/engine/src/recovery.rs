@@ -75,6 +75,9 @@ async fn reconcile(instance: &mut Instance) -> Result<bool, EngineError> {
         Some(Operation::Start) if !ran => {
             instance.kill_machine().await?;
             forget_machine(instance, None).await?;
+            if !instance.record.has_snapshot() {
+                instance.discard_memory().await;
+            }
             let reason = "the server ended before the guest ran".to_owned();
             instance.commit(Fact::OperationFailed { reason }).await?;
         }
@@ -167,6 +170,7 @@ async fn settle(instance: &mut Instance, status: MachineStatus) -> Result<(), En
             instance.collect_exit().await?;
             let failure = instance.record.exit().is_none().then_some(failure);
             instance.kill_machine().await?;
+            instance.discard_memory().await;
             let failure = failure.map(str::to_owned);
             instance
                 .commit(Fact::MachineFoundGone { failure, last_seen })
@@ -179,6 +183,7 @@ async fn forget_machine(instance: &mut Instance, failure: Option<&str>) -> Resul
     if instance.record.machine().is_none() {
         return Ok(());
     }
+    instance.discard_memory().await;
     let failure = failure.map(str::to_owned);
     instance.commit(Fact::MachineGone { failure }).await
 }

@@ -20,7 +20,10 @@ use rusqlite::{Connection, OptionalExtension, Transaction, params};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
-use crate::{InstanceSpec, NetworkClaim};
+use crate::{
+    InstanceSpec, NetworkClaim,
+    kill::{CommitStep, KillSwitch},
+};
 
 /// Version of the schema, in SQLite's `user_version`.
 const SCHEMA_VERSION: i64 = 1;
@@ -87,6 +90,9 @@ pub enum StoreError {
     Encoding(#[from] serde_json::Error),
     #[error("the store's writer has ended")]
     Closed,
+    /// Only in tests, which play a store that fails.
+    #[error("store: {0}")]
+    Refused(String),
 }
 
 type Reply<T> = oneshot::Sender<Result<T, StoreError>>;
@@ -112,6 +118,7 @@ enum Job {
 pub struct Store {
     jobs: Option<mpsc::Sender<Job>>,
     writer: Option<JoinHandle<()>>,
+    kill: KillSwitch,
 }
 
 impl Store {
@@ -137,9 +144,16 @@ impl Store {
             Store {
                 jobs: Some(jobs),
                 writer: Some(writer),
+                kill: KillSwitch::default(),
             },
             all,
         ))
+    }
+
+    /// Tells `kill` of every commit from now on.
+    pub fn watched(mut self, kill: KillSwitch) -> Store {
+        self.kill = kill;
+        self
     }
 
     /// Adds an instance and, with a pool, gives it an address, in one transaction.
@@ -175,8 +189,12 @@ impl Store {
     async fn run<T>(&self, job: impl FnOnce(Reply<T>) -> Job) -> Result<T, StoreError> {
         let (reply, answer) = oneshot::channel();
         let jobs = self.jobs.as_ref().ok_or(StoreError::Closed)?;
+        let step = |step| self.kill.commit(step).map_err(StoreError::Refused);
+        step(CommitStep::Before)?;
         jobs.send(job(reply)).map_err(|_| StoreError::Closed)?;
-        answer.await.map_err(|_| StoreError::Closed)?
+        let done = answer.await.map_err(|_| StoreError::Closed)??;
+        step(CommitStep::After)?;
+        Ok(done)
     }
 }
 

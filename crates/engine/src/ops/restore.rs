@@ -177,12 +177,14 @@ pub async fn undo(instance: &mut Instance, reason: &str) -> Result<(), EngineErr
         // The mark goes before the CPUs run: with it, they never did.
         (true, _) => instance.kill_machine().await?,
         (false, MachineStatus::Paused | MachineStatus::Prelaunch) => {
-            instance.kill_machine().await?;
+            // The mark first: with the VMM gone and no mark, a crash in between could not tell that the
+            // CPUs never ran.
             blocking("giving the snapshot its mark back", move || {
                 manifest::reinstate(&place)
             })
             .await?
             .map_err(manifest_error)?;
+            instance.kill_machine().await?;
         }
         (false, MachineStatus::Running | MachineStatus::Shutdown | MachineStatus::Failed) => {
             instance.note("the guest runs although the restore did not say so");
@@ -190,6 +192,7 @@ pub async fn undo(instance: &mut Instance, reason: &str) -> Result<(), EngineErr
         }
         (false, MachineStatus::Gone) => {
             instance.kill_machine().await?;
+            instance.discard_memory().await;
             instance.reach(KillPoint::RestoreUndone);
             let reason = format!(
                 "the guest's memory is lost: its machine ended after the snapshot was consumed ({reason})"

@@ -43,10 +43,6 @@ pub async fn finish(instance: &mut Instance, failure: Option<String>) -> Result<
         .end_machine(KillPoint::StopMachineKilled, failure)
         .await?;
     instance.reach(KillPoint::StopMachineGoneRecorded);
-    // It costs disk and is good for nothing. What cannot be removed now goes at the next start.
-    if let Err(error) = super::launch::remove_memory(instance).await {
-        instance.note(&format!("removing the memory of the run: {error}"));
-    }
     Ok(())
 }
 

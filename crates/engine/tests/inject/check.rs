@@ -1,0 +1,296 @@
+//! What must hold whenever nothing is in flight, and what a restart must have made of an operation.
+use std::{
+    collections::{BTreeSet, HashMap},
+    path::Path,
+    sync::Arc,
+};
+
+use doze_engine::{EngineError, InstanceView, StartOverrides};
+use doze_lifecycle::State;
+use doze_vmm::MachineStatus;
+
+use crate::{
+    lab::{Lab, settled},
+    scenario::{NAME, Op, Scenario, Stake},
+};
+
+/// Faults found, for people.
+pub type Faults = Vec<String>;
+
+/// Per instance: the sum of its phases minus the boot clock. It never changes.
+#[derive(Default)]
+pub struct Ledgers(HashMap<String, i128>);
+
+impl Ledgers {
+    pub fn check(&mut self, view: &InstanceView) -> Option<String> {
+        let now = doze_engine::now();
+        let phases = view.record.ledger().durations_us(&now);
+        let sum: i128 = phases.values().map(|us| i128::from(*us)).sum();
+        let offset = sum - i128::from(now.boottime_us);
+        let first = *self.0.entry(view.id.clone()).or_insert(offset);
+        (first != offset).then(|| {
+            let lost = first - offset;
+            format!("phases do not add up to the time elapsed: {lost} us are missing")
+        })
+    }
+}
+
+/// Records, files and processes agree.
+pub fn consistent(lab: &Lab, ledgers: &mut Ledgers) -> Faults {
+    let mut faults = std::mem::take(&mut lab.world.state().violations);
+    let views = lab.engine().list();
+    for view in &views {
+        faults.extend(record_and_world(lab, view));
+        faults.extend(record_and_files(lab, view));
+        faults.extend(ledgers.check(view));
+    }
+    let known: BTreeSet<&str> = views.iter().map(|view| view.id.as_str()).collect();
+    for vmm in lab.world.state().vmms.values() {
+        if !known.contains(vmm.instance.as_str()) {
+            faults.push(format!("a VMM of {} is nobody's", vmm.instance));
+        }
+    }
+    for folder in names(&lab.data_dir().join("instances")) {
+        if !known.contains(folder.as_str()) {
+            faults.push(format!("the folder of {folder} is nobody's"));
+        }
+    }
+    faults
+}
+
+fn record_and_world(lab: &Lab, view: &InstanceView) -> Faults {
+    let mut faults = Faults::new();
+    let record = &view.record;
+    let state = lab.world.state();
+    let live: Vec<_> = state
+        .vmms
+        .values()
+        .filter(|vmm| vmm.instance == view.id)
+        .collect();
+    let named = record.machine().map(|machine| machine.pid);
+    let pids: Vec<i32> = live.iter().map(|vmm| vmm.process.pid).collect();
+    if pids != named.into_iter().collect::<Vec<_>>() {
+        faults.push(format!(
+            "{}: its record names VMM {named:?}, there are {pids:?}",
+            record.state()
+        ));
+    }
+    if let Some(operation) = record.operation() {
+        faults.push(format!("a {} is left in flight", operation.as_str()));
+    }
+    let status = live.first().map(|vmm| *vmm.status.borrow());
+    let expected = match record.state() {
+        State::Initializing | State::Running => Some(MachineStatus::Running),
+        State::Stopped | State::Standby => None,
+        State::Created | State::Paused | State::Shutdown => {
+            faults.push(format!("it rests in {}", record.state()));
+            status
+        }
+    };
+    if status != expected {
+        faults.push(format!("{}, but its VMM is {status:?}", record.state()));
+    }
+    faults
+}
+
+fn record_and_files(lab: &Lab, view: &InstanceView) -> Faults {
+    let mut faults = Faults::new();
+    let record = &view.record;
+    let dir = lab.instance_dir(&view.id);
+    let sleeps = record.state() == State::Standby;
+    let awake = record.machine().is_some();
+    let rules = [
+        // What is left of a consumed snapshot goes at the next standby or stop of a guest that runs.
+        ("snapshot", sleeps, !sleeps),
+        ("snapshot.stage", false, true),
+        ("snapshot.consumed", false, !awake),
+        ("memory", sleeps || awake, !(sleeps || awake)),
+        ("run", awake, !awake),
+    ];
+    for (name, must, must_not) in rules {
+        let there = dir.join(name).exists();
+        if must && !there {
+            faults.push(format!("{}: {name} is missing", record.state()));
+        }
+        if must_not && there {
+            faults.push(format!("{}: {name} is left", record.state()));
+        }
+    }
+    if sleeps != record.has_snapshot() {
+        faults.push(format!(
+            "{} with has_snapshot {}",
+            record.state(),
+            record.has_snapshot()
+        ));
+    }
+    faults
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten();
+    entries
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect()
+}
+
+/// How the server's life ended.
+#[derive(Debug, Clone, Copy)]
+pub struct End {
+    /// Its VMMs died with it.
+    pub power: bool,
+    /// The snapshot had its mark then.
+    pub marked: bool,
+    /// The first command was answered with success.
+    pub answered: bool,
+}
+
+/// Whether the instance is now where it may be.
+pub fn outcome(lab: &Lab, scenario: &Scenario, stake: &Stake, end: End) -> Faults {
+    let mut faults = Faults::new();
+    let Some(view) = lab.view(NAME) else {
+        if !(scenario.deletes() || (scenario.does(Op::Create) && !end.answered)) {
+            faults.push("the instance is gone".to_owned());
+        }
+        return faults;
+    };
+    let record = &view.record;
+    let state = record.state();
+    if scenario.does(Op::Delete) && end.answered && scenario.op == Op::Delete {
+        faults.push("its delete was answered, and it is still there".to_owned());
+    }
+    if let Some(exact) = exact(scenario, end)
+        && state != exact
+        && !(exact == State::Running && state == State::Initializing && scenario.mute)
+    {
+        faults.push(format!(
+            "it was answered and must be {exact}, it is {state}"
+        ));
+    }
+    if end.marked && !scenario.does(Op::StartDiscarding) && state != State::Standby {
+        faults.push(format!(
+            "its snapshot was committed, and it is {state} ({:?})",
+            record.failure()
+        ));
+    }
+    match state {
+        State::Standby if !scenario.sleeps() => faults.push("nobody put it to sleep".into()),
+        State::Stopped => faults.extend(stopped(scenario, stake, end, &view)),
+        State::Initializing | State::Running => {
+            let kept = record.boots() == stake.boots;
+            let boots = scenario.does(Op::Start)
+                || scenario.does(Op::StartDiscarding)
+                || scenario.does(Op::Create);
+            if !kept && !boots {
+                faults.push("it booted again".to_owned());
+            }
+            let memory = lab.world.counter(&view.id);
+            let wanted = if kept { stake.memory } else { Some(0) };
+            if memory != wanted {
+                faults.push(format!(
+                    "its memory says {memory:?}, it should say {wanted:?}"
+                ));
+            }
+        }
+        State::Standby | State::Created | State::Paused | State::Shutdown => {}
+    }
+    faults
+}
+
+/// Where an answered command that nobody interrupted leaves its instance, also after a crash.
+fn exact(scenario: &Scenario, end: End) -> Option<State> {
+    if !end.answered || scenario.then.is_some() {
+        return None;
+    }
+    let awake = if end.power {
+        State::Stopped
+    } else {
+        State::Running
+    };
+    match scenario.op {
+        Op::Create | Op::Start | Op::StartDiscarding | Op::Restore => Some(awake),
+        Op::Standby => Some(State::Standby),
+        Op::Stop | Op::PowerOff | Op::Death => Some(State::Stopped),
+        Op::Delete | Op::Discard => None,
+    }
+}
+
+fn stopped(scenario: &Scenario, stake: &Stake, end: End, view: &Arc<InstanceView>) -> Faults {
+    let by_command = [
+        Op::Stop,
+        Op::StartDiscarding,
+        Op::Start,
+        Op::PowerOff,
+        Op::Death,
+        Op::Create,
+    ]
+    .into_iter()
+    .any(|op| scenario.does(op));
+    let died = end.power || scenario.dies();
+    if stake.memory.is_some() && !by_command && !died {
+        return vec![format!(
+            "its VMM lived and its memory is lost ({:?})",
+            view.record.failure()
+        )];
+    }
+    if !by_command && view.record.failure().is_none() {
+        return vec!["it is Stopped and nothing says why".to_owned()];
+    }
+    Faults::new()
+}
+
+/// Whatever it is now, it can be used, and deleted without a trace.
+pub fn usable(lab: &Lab, ledgers: &mut Ledgers, scenario: &Scenario, stake: &Stake) -> Faults {
+    lab.world.state().habits = Default::default();
+    let mut faults = Faults::new();
+    let (engine, world) = (lab.engine(), lab.world.clone());
+    let outcome = lab.run(async {
+        let view = settled(&engine, &world, NAME).await;
+        let Some(view) = view else {
+            engine.create(Lab::request(NAME)).await?;
+            return Ok(None);
+        };
+        match view.state() {
+            State::Standby if scenario.altered => {
+                match engine.restore(NAME).await {
+                    Err(EngineError::Snapshot { .. }) => {}
+                    other => return Ok(Some(format!("an altered state is restored: {other:?}"))),
+                }
+                let overrides = StartOverrides::default();
+                engine.start(NAME, overrides, true).await?;
+            }
+            State::Standby => {
+                engine.restore(NAME).await?;
+                let memory = world.counter(&view.id);
+                if memory != stake.memory {
+                    return Ok(Some(format!(
+                        "restored to {memory:?}, not {:?}",
+                        stake.memory
+                    )));
+                }
+            }
+            State::Stopped => drop(engine.start(NAME, StartOverrides::default(), false).await?),
+            State::Created | State::Initializing | State::Running => {}
+            State::Paused | State::Shutdown => {}
+        }
+        Ok::<_, EngineError>(None)
+    });
+    faults.extend(outcome.unwrap_or_else(|e| Some(format!("it cannot be used: {e}"))));
+    let outcome = lab.run(async {
+        let view = settled(&engine, &world, NAME).await;
+        let id = view.map(|view| view.id.clone()).unwrap_or_default();
+        let before = world.counter(&id);
+        engine.standby(NAME).await?;
+        engine.restore(NAME).await?;
+        let after = world.counter(&id);
+        Ok::<_, EngineError>(
+            (before != after).then(|| format!("slept with {before:?}, woke with {after:?}")),
+        )
+    });
+    faults.extend(outcome.unwrap_or_else(|e| Some(format!("it cannot sleep and wake: {e}"))));
+    faults.extend(consistent(lab, ledgers));
+    if let Err(error) = lab.run(engine.delete(NAME, false)) {
+        faults.push(format!("it cannot be deleted: {error}"));
+    }
+    faults.extend(consistent(lab, ledgers));
+    faults
+}

@@ -1,0 +1,140 @@
+//! The guest's end of the control channel. Its CPUs stand still when its machine is not running: then
+//! nothing here is polled, and what the host says waits in the socket.
+use std::{
+    pin::pin,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use doze_agent::{
+    endpoint::Endpoint,
+    message::{ProgramExit, ToGuest, ToHost},
+    session::{Event, MAIN_STREAM, Role},
+};
+use doze_vmm::MachineStatus;
+use tokio::sync::watch;
+
+use crate::world::World;
+
+/// For the host to acknowledge what a guest said last.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// What a guest knows; part of its memory, so it survives a restore.
+pub struct Guest {
+    endpoint: Endpoint,
+    booted: Mutex<Option<Instant>>,
+    exit: Mutex<Option<ProgramExit>>,
+}
+
+impl Default for Guest {
+    fn default() -> Guest {
+        Guest {
+            endpoint: Endpoint::new(Role::Guest, rand::random()),
+            booted: Mutex::default(),
+            exit: Mutex::default(),
+        }
+    }
+}
+
+/// The machine's chardev and the guest behind it, until the process ends.
+pub async fn serve(
+    world: World,
+    pid: i32,
+    listener: std::os::unix::net::UnixListener,
+    mut status: watch::Receiver<MachineStatus>,
+) {
+    let listener = tokio::net::UnixListener::from_std(listener).unwrap();
+    loop {
+        let Ok((stream, _)) = listener.accept().await else {
+            return;
+        };
+        if status.wait_for(runs).await.is_err() {
+            return;
+        }
+        let Some(guest) = world.state().guest_of(pid) else {
+            return;
+        };
+        let (reader, writer) = stream.into_split();
+        let handler = |event| guest.handle(&world, pid, event);
+        let mut connection = pin!(guest.endpoint.drive(reader, writer, handler));
+        loop {
+            let running = runs(&status.borrow_and_update());
+            tokio::select! {
+                _ = &mut connection, if running => break,
+                changed = status.changed() => if changed.is_err() { return },
+            }
+        }
+    }
+}
+
+fn runs(status: &MachineStatus) -> bool {
+    *status == MachineStatus::Running
+}
+
+impl Guest {
+    fn handle(self: &Arc<Self>, world: &World, pid: i32, event: Event) {
+        match event {
+            Event::Established { .. } => self.tell_status(),
+            Event::Control { payload, .. } => {
+                let message = serde_json::from_slice(&payload).expect("the host's own message");
+                self.answer(world, pid, message);
+            }
+            Event::Incompatible { .. } | Event::Data { .. } | Event::Overrun { .. } => {}
+        }
+    }
+
+    fn answer(self: &Arc<Self>, world: &World, pid: i32, message: ToGuest) {
+        let habits = world.state().habits;
+        match message {
+            ToGuest::Ping { nonce } => self.tell(&ToHost::Pong { nonce }),
+            ToGuest::Restored { nonce, .. } if !habits.mute => {
+                let problem = None;
+                self.tell(&ToHost::RestoredDone { nonce, problem });
+            }
+            ToGuest::Shutdown { .. } => {
+                self.tell(&ToHost::ShuttingDown);
+                if !habits.deaf {
+                    self.power_off(world, pid);
+                }
+            }
+            ToGuest::Restored { .. } | ToGuest::Exec { .. } | ToGuest::StdinClose => {}
+            ToGuest::Resize { .. } | ToGuest::Kill | ToGuest::Unknown => {}
+        }
+    }
+
+    /// The program ends, and the machine with it.
+    pub fn power_off(self: &Arc<Self>, world: &World, pid: i32) {
+        let exit = ProgramExit {
+            code: 0,
+            message: String::new(),
+        };
+        self.tell(&ToHost::ProgramExited { exit: exit.clone() });
+        *self.exit.lock().unwrap_or_else(PoisonError::into_inner) = Some(exit);
+        let (guest, off) = (self.clone(), world.clone());
+        world.spawn(async move {
+            // Nobody may be listening; it goes down all the same.
+            let _ = tokio::time::timeout(LAST_WORDS, guest.endpoint.flushed()).await;
+            off.state().power_off(pid);
+        });
+    }
+
+    fn tell_status(&self) {
+        let booted = *self
+            .booted
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get_or_insert_with(Instant::now);
+        let age_us = u64::try_from(booted.elapsed().as_micros()).unwrap();
+        self.tell(&ToHost::ProgramStarted { age_us });
+        self.tell(&ToHost::AgentReady { age_us });
+        let exit = self.exit.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(exit) = exit.clone() {
+            self.tell(&ToHost::ProgramExited { exit });
+        }
+    }
+
+    fn tell(&self, message: &ToHost) {
+        // Refused only when a thousand messages wait already.
+        self.endpoint.send(MAIN_STREAM, message).unwrap();
+    }
+}

@@ -1,0 +1,368 @@
+//! What outlives a crash of the server: VMM processes, their guests, and the memory files.
+//!
+//! ```text
+//!   a guest is a counter:  ───resume: new generation──> memory file, overlay
+//!                          ───save──> state file { generation, counter }
+//!                          <──load─── only if state, memory and overlay are of one generation
+//! ```
+//! So device state that is loaded on memory or disks that ran on, the one thing that must never
+//! happen, is seen at once and noted in [`World::violations`].
+use std::{
+    collections::BTreeMap,
+    io::{Read, Seek, SeekFrom, Write},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use doze_engine::{CommitStep, KillPoint, KillSwitch};
+use doze_host::process::ProcessId;
+use doze_vmm::{MachineDescription, MachineStatus, VmmError};
+use serde::{Deserialize, Serialize};
+use tokio::sync::{Notify, watch};
+
+use crate::{
+    guest::Guest,
+    steps::{Act, Crash, Steps, quiet_crashes},
+};
+
+/// What memory, overlay and state file say of the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Content {
+    pub generation: u64,
+    pub counter: u64,
+    /// Index of its endpoint, which is part of its memory.
+    guest: usize,
+}
+
+/// Bytes at the begin of memory and at the end of the overlay.
+const CONTENT: usize = 256;
+
+pub struct Vmm {
+    pub process: ProcessId,
+    pub instance: String,
+    pub memory: PathBuf,
+    overlay: PathBuf,
+    pub status: watch::Sender<MachineStatus>,
+    pub content: Content,
+    /// Spawned to load, nothing loaded yet.
+    waits: bool,
+    task: tokio::task::AbortHandle,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Habits {
+    /// Restored guests do not answer.
+    pub mute: bool,
+    /// Guests do not power off when they are asked to.
+    pub deaf: bool,
+}
+
+#[derive(Default)]
+pub struct State {
+    pub vmms: BTreeMap<i32, Vmm>,
+    next_pid: i32,
+    generations: u64,
+    pub guests: Vec<Arc<Guest>>,
+    pub steps: Steps,
+    pub violations: Vec<String>,
+    pub habits: Habits,
+    points: Vec<KillPoint>,
+}
+
+pub struct Shared {
+    state: Mutex<State>,
+    runtime: tokio::runtime::Handle,
+    pub stalled: Notify,
+    pub released: Notify,
+    /// A kill point was reached.
+    pub reached: Notify,
+}
+
+#[derive(Clone)]
+pub struct World(pub Arc<Shared>);
+
+impl World {
+    /// `runtime` runs the guests.
+    pub fn new(runtime: tokio::runtime::Handle) -> World {
+        quiet_crashes();
+        World(Arc::new(Shared {
+            state: Mutex::default(),
+            runtime,
+            stalled: Notify::new(),
+            released: Notify::new(),
+            reached: Notify::new(),
+        }))
+    }
+
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn spawn(
+        &self,
+        work: impl Future<Output = ()> + Send + 'static,
+    ) -> tokio::task::AbortHandle {
+        self.0.runtime.spawn(work).abort_handle()
+    }
+
+    /// Ends the driver here when that is planned.
+    pub fn hit(&self, label: &str) -> Option<Act> {
+        let act = self.state().steps.hit(label);
+        if act == Some(Act::Crash) {
+            std::panic::panic_any(Crash);
+        }
+        act
+    }
+
+    /// The server's kill switch: its points and commits are steps, too.
+    pub fn kill_switch(&self) -> KillSwitch {
+        let (points, commits) = (self.clone(), self.clone());
+        KillSwitch::watched(move |point| {
+            points.state().points.push(point);
+            points.hit(&format!("point {}", point.name()));
+            points.0.reached.notify_waiters();
+        })
+        .watching_commits(move |step| {
+            let label = match step {
+                CommitStep::Before => "before store.commit",
+                CommitStep::After => "after store.commit",
+            };
+            match commits.hit(label) {
+                None => Ok(()),
+                Some(_) => Err("injected: the disk is full".to_owned()),
+            }
+        })
+    }
+
+    /// Every kill point reached since the world began.
+    pub fn points(&self) -> Vec<KillPoint> {
+        self.state().points.clone()
+    }
+
+    pub fn crashed(&self) -> bool {
+        self.state().steps.crashed
+    }
+
+    /// The counter of the one live VMM of this instance.
+    pub fn counter(&self, instance: &str) -> Option<u64> {
+        let state = self.state();
+        let mut live = state.vmms.values().filter(|vmm| vmm.instance == instance);
+        live.next().map(|vmm| vmm.content.counter)
+    }
+
+    /// The running guest does something that its memory remembers.
+    pub fn tick(&self, instance: &str) {
+        let mut state = self.state();
+        let vmm = state.vmms.values_mut().find(|vmm| vmm.instance == instance);
+        let vmm = vmm.expect("a live machine");
+        vmm.content.counter += 1;
+        vmm.write_memory().unwrap();
+    }
+
+    /// The power fails: no VMM survives.
+    pub fn power_loss(&self) {
+        let all: Vec<i32> = self.state().vmms.keys().copied().collect();
+        for pid in all {
+            self.state().end(pid);
+        }
+    }
+}
+
+impl State {
+    pub fn spawn_vmm(
+        &mut self,
+        world: &World,
+        machine: &MachineDescription,
+        load: bool,
+    ) -> Result<i32, VmmError> {
+        let io = |context: &str, source| VmmError::Io {
+            context: context.to_owned(),
+            source,
+        };
+        let alive = self.vmms.values().any(|vmm| vmm.instance == machine.id);
+        if alive {
+            self.violations
+                .push(format!("a second VMM is started for {}", machine.id));
+        }
+        let size = machine.memory.check_size(machine.memory_bytes);
+        match load {
+            true => size.map_err(|e| io("mapping memory", e))?,
+            false => machine
+                .memory
+                .create(machine.memory_bytes)
+                .map_err(|e| io("memory", e))?,
+        }
+        let socket = machine.run_dir.join("agent.sock");
+        let listener = std::os::unix::net::UnixListener::bind(&socket)
+            .and_then(|listener| listener.set_nonblocking(true).map(|()| listener))
+            .map_err(|e| io("binding the control socket", e))?;
+        self.next_pid += 1;
+        let pid = self.next_pid;
+        let status = watch::Sender::new(MachineStatus::Prelaunch);
+        let task = world.spawn(crate::guest::serve(
+            world.clone(),
+            pid,
+            listener,
+            status.subscribe(),
+        ));
+        if !load {
+            self.guests.push(Arc::default());
+        }
+        let disks = machine.disks.iter().find(|disk| !disk.read_only);
+        let mut vmm = Vmm {
+            process: ProcessId {
+                pid: 1_000_000_000 + pid,
+                start_ticks: u64::from(pid.unsigned_abs()),
+                boot_id: "fake".to_owned(),
+            },
+            instance: machine.id.clone(),
+            memory: machine.memory.path.clone(),
+            overlay: disks.unwrap().path.clone(),
+            status,
+            content: Content {
+                generation: 0,
+                counter: 0,
+                guest: self.guests.len().saturating_sub(1),
+            },
+            waits: load,
+            task,
+        };
+        if !load {
+            vmm.write_memory().map_err(|e| io("writing memory", e))?;
+        }
+        self.vmms.insert(pid, vmm);
+        Ok(pid)
+    }
+
+    pub fn key(&self, process: &ProcessId) -> Option<i32> {
+        let found = self.vmms.iter().find(|(_, vmm)| vmm.process == *process);
+        found.map(|(pid, _)| *pid)
+    }
+
+    pub fn live(&mut self, pid: i32, during: &'static str) -> Result<&mut Vmm, VmmError> {
+        let log = "it died".to_owned();
+        self.vmms
+            .get_mut(&pid)
+            .ok_or(VmmError::Exited { during, log })
+    }
+
+    pub fn end(&mut self, pid: i32) {
+        if let Some(vmm) = self.vmms.remove(&pid) {
+            vmm.status.send_replace(MachineStatus::Gone);
+            vmm.task.abort();
+        }
+    }
+
+    pub fn resume(&mut self, pid: i32) -> Result<(), VmmError> {
+        self.generations += 1;
+        let generation = self.generations;
+        let vmm = self.live(pid, "resume")?;
+        let refused = |message: &str| VmmError::Refused {
+            command: "cont",
+            message: message.to_owned(),
+        };
+        if vmm.waits {
+            return Err(refused("nothing is loaded"));
+        }
+        let status = *vmm.status.borrow();
+        match status {
+            MachineStatus::Prelaunch | MachineStatus::Paused => {
+                vmm.content.generation = generation;
+                vmm.write_memory()
+                    .and_then(|()| vmm.write_overlay())
+                    .map_err(|e| refused(&e.to_string()))?;
+                vmm.status.send_replace(MachineStatus::Running);
+                Ok(())
+            }
+            MachineStatus::Running | MachineStatus::Shutdown => Ok(()),
+            MachineStatus::Failed | MachineStatus::Gone => Err(refused("it cannot run")),
+        }
+    }
+
+    pub fn pause(&mut self, pid: i32) -> Result<(), VmmError> {
+        let vmm = self.live(pid, "pause")?;
+        let status = *vmm.status.borrow();
+        match status {
+            MachineStatus::Running => {
+                vmm.status.send_replace(MachineStatus::Paused);
+                Ok(())
+            }
+            MachineStatus::Paused | MachineStatus::Prelaunch => Ok(()),
+            other => Err(VmmError::Refused {
+                command: "stop",
+                message: format!("it is {other:?}"),
+            }),
+        }
+    }
+
+    pub fn power_off(&mut self, pid: i32) {
+        if let Some(vmm) = self.vmms.get(&pid) {
+            vmm.status.send_if_modified(|status| {
+                let runs = *status == MachineStatus::Running;
+                if runs {
+                    *status = MachineStatus::Shutdown;
+                }
+                runs
+            });
+        }
+    }
+
+    pub fn load(&mut self, pid: i32, saved: &Content) -> Result<(), VmmError> {
+        let vmm = self.live(pid, "load")?;
+        let refused = |message: String| VmmError::Refused {
+            command: "load",
+            message,
+        };
+        if !vmm.waits {
+            return Err(refused("it does not wait for a load".into()));
+        }
+        let memory = read_content(&vmm.memory, SeekFrom::Start(0));
+        let overlay = read_content(&vmm.overlay, SeekFrom::End(-(CONTENT as i64)));
+        let memory = memory.map_err(|e| refused(format!("memory: {e}")))?;
+        let overlay = overlay.map_err(|e| refused(format!("overlay: {e}")))?;
+        let instance = vmm.instance.clone();
+        if memory != *saved || overlay.generation != saved.generation {
+            let text = format!(
+                "{instance}: loading {saved:?} on memory {memory:?} and overlay {overlay:?}"
+            );
+            self.violations.push(text.clone());
+            return Err(refused(text));
+        }
+        vmm.waits = false;
+        vmm.content = memory;
+        vmm.status.send_replace(MachineStatus::Paused);
+        Ok(())
+    }
+
+    pub fn guest_of(&self, pid: i32) -> Option<Arc<Guest>> {
+        let vmm = self.vmms.get(&pid).filter(|vmm| !vmm.waits)?;
+        self.guests.get(vmm.content.guest).cloned()
+    }
+}
+
+impl Vmm {
+    fn write_memory(&mut self) -> std::io::Result<()> {
+        write_content(&self.memory, SeekFrom::Start(0), &self.content)
+    }
+
+    fn write_overlay(&mut self) -> std::io::Result<()> {
+        let at = SeekFrom::End(-(CONTENT as i64));
+        write_content(&self.overlay, at, &self.content)
+    }
+}
+
+fn write_content(path: &Path, at: SeekFrom, content: &Content) -> std::io::Result<()> {
+    let mut file = std::fs::OpenOptions::new().write(true).open(path)?;
+    file.seek(at)?;
+    let mut bytes = serde_json::to_vec(content)?;
+    bytes.resize(CONTENT, b' ');
+    file.write_all(&bytes)
+}
+
+fn read_content(path: &Path, at: SeekFrom) -> std::io::Result<Content> {
+    let mut file = std::fs::File::open(path)?;
+    file.seek(at)?;
+    let mut bytes = vec![0; CONTENT];
+    file.read_exact(&mut bytes)?;
+    Ok(serde_json::from_slice(&bytes)?)
+}
