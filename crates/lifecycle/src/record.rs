@@ -369,6 +369,8 @@ impl Record {
         }
         let cause = fact.cause(on_behalf);
         let mut next = self.clone();
+        // What is written from here on an older program might not understand.
+        next.version = RECORD_VERSION;
         match fact {
             Fact::Admitted(operation) => next.operation = Some(*operation),
             Fact::MachineSpawned(process) => {

@@ -178,3 +178,48 @@ fn a_store_of_a_newer_program_is_refused_with_both_versions() {
     let error = Store::open(&path).err().unwrap().to_string();
     assert!(error.contains("99") && error.contains('1'), "{error}");
 }
+
+/// As the first version wrote it, a guest running.
+const FIRST_VERSION: &str = r#"{"spec":{"image":"docker.io/library/seed:latest","image_digest":"sha256:0000","platform":"linux/amd64","hypervisor":"qemu-microvm","vcpus":2,"memory_bytes":536870912,"overlay_bytes":10737418240,"env":{"MODE":"production"},"entrypoint":null,"cmd":null,"tags":{"team":"seed"},"network_enabled":false,"skip_guest_agent":false},"record":{"version":1,"state":"Running","operation":null,"machine":{"pid":7,"start_ticks":9,"boot_id":"b"},"boot":{"agent_expected":true,"program_started":{"boot_id":"b","boottime_us":3000000,"wall_us":1003000000},"agent_ready":{"boot_id":"b","boottime_us":2500000,"wall_us":1002500000}},"ledger":{"committed_us":{"Created":500000,"Initializing":1500000},"current":"Running","since":{"boot_id":"b","boottime_us":3000000,"wall_us":1003000000}},"exit":null,"failure":null,"started_at_us":1001500000,"stopped_at_us":null,"boots":1},"machine":null}"#;
+
+#[tokio::test]
+async fn what_the_first_version_wrote_is_read_and_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("doze.db");
+    drop(Store::open(&path).unwrap());
+    Connection::open(&path)
+        .unwrap()
+        .execute(
+            "INSERT INTO instances (id, name, created_at_us, document) VALUES ('old', 'old', 1, ?1)",
+            [FIRST_VERSION],
+        )
+        .unwrap();
+    let (_store, all) = Store::open(&path).unwrap();
+    let record = &all[0].document.record;
+    let at = |seconds: u64| doze_lifecycle::Stamp {
+        boot_id: "b".into(),
+        boottime_us: seconds * 1_000_000,
+        wall_us: 0,
+    };
+    let spent = record.ledger().durations_ms(&at(13));
+    assert_eq!(
+        (spent["created"], spent["initializing"], spent["running"]),
+        (500, 1_500, 10_000)
+    );
+    assert!(!record.has_snapshot() && record.ledger().transitions().len() == 0);
+    let operation = doze_lifecycle::Operation::Standby;
+    let asleep = [
+        doze_lifecycle::Fact::Admitted(operation),
+        doze_lifecycle::Fact::CpusPaused,
+        doze_lifecycle::Fact::SnapshotCommitted,
+        doze_lifecycle::Fact::MachineGone { failure: None },
+    ]
+    .iter()
+    .fold(record.clone(), |record, fact| {
+        record.apply(fact, &at(14), None).unwrap()
+    });
+    assert_eq!(asleep.state(), doze_lifecycle::State::Standby);
+    // An older program would not know what this means.
+    let text = serde_json::to_string(&asleep).unwrap();
+    assert!(text.contains("\"version\":2"), "{text}");
+}
