@@ -616,3 +616,19 @@ async fn a_panic_costs_one_answer() {
     assert_eq!(body.code, "internal_error");
     assert!(!body.message.contains("on purpose"));
 }
+
+#[tokio::test]
+async fn metrics_need_a_token_and_count_every_state() {
+    let server = server().await;
+    let answer = server.raw(bare("/metrics", None)).await;
+    assert_eq!(answer.status, StatusCode::UNAUTHORIZED);
+    let answer = server.get("/metrics").await;
+    assert_eq!(answer.status, StatusCode::OK);
+    let kind = answer.headers[header::CONTENT_TYPE].to_str().unwrap();
+    assert!(kind.starts_with("application/openmetrics-text"), "{kind}");
+    let text = String::from_utf8(answer.body.to_vec()).unwrap();
+    for state in doze_lifecycle::State::ALL {
+        let line = format!("doze_instances{{state=\"{}\"}} 0", state.phase());
+        assert!(text.contains(&line), "{line}\n{text}");
+    }
+}

@@ -380,6 +380,9 @@ async fn stop_and_start_are_explained(world: &World) -> Result<()> {
         "initializing>running guest",
     ];
     ensure!(told == wanted, "{told:?}");
+    let metrics = api.get("/metrics").await?.text;
+    let line = "doze_phase_transitions_total{from=\"running\",to=\"shutdown\",cause=\"user\"} ";
+    ensure!(metrics.contains(line), "{line} is not in {metrics}");
     let sum: i128 = durations(&phases)?.values().sum();
     within("all phases", sum, now - created - 1_000, now_ms() - created)?;
     api.remove(&id).await
