@@ -179,7 +179,9 @@ pub async fn power_off(
     if status == MachineStatus::Gone {
         instance
             .end_machine(crate::kill::KillPoint::StopMachineKilled, failure)
-            .await
+            .await?;
+        ops::stop::forget_memory(instance).await;
+        Ok(())
     } else {
         ops::stop::finish(instance, failure).await
     }

@@ -95,6 +95,7 @@ pub async fn run(instance: &mut Instance) -> Result<bool, EngineError> {
     }
     let status = self::status(instance).await?;
     settle(instance, status).await?;
+    ops::stop::forget_memory(instance).await;
     ask_for_proof(instance);
     if let Some(live) = &instance.live {
         instance.ctx.reserve_memory(&instance.id, instance.spec.memory_bytes).or_else(|error| {

@@ -177,7 +177,9 @@ pub async fn undo(instance: &mut Instance, reason: &str) -> Result<(), EngineErr
             let reason = format!(
                 "the guest's memory is lost: its machine ended after the snapshot was consumed ({reason})"
             );
-            return instance.commit(Fact::MemoryLost { reason }).await;
+            instance.commit(Fact::MemoryLost { reason }).await?;
+            super::stop::forget_memory(instance).await;
+            return Ok(());
         }
     }
     instance.reach(KillPoint::RestoreUndone);

@@ -34,6 +34,7 @@ pub async fn run(
                 reason: error.to_string(),
             })
             .await?;
+        super::stop::forget_memory(instance).await;
         instance.note(&format!("start failed: {error}"));
     }
     outcome

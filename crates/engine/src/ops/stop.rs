@@ -43,11 +43,19 @@ pub async fn finish(instance: &mut Instance, failure: Option<String>) -> Result<
         .end_machine(KillPoint::StopMachineKilled, failure)
         .await?;
     instance.reach(KillPoint::StopMachineGoneRecorded);
-    // It costs disk and is good for nothing. What cannot be removed now goes at the next start.
+    forget_memory(instance).await;
+    Ok(())
+}
+
+/// The memory of a run that is over, however it ended: it costs disk and is good for nothing. What cannot be
+/// removed now goes at the next start. Nothing happens to any other instance.
+pub async fn forget_memory(instance: &Instance) {
+    if instance.record.state() != State::Stopped {
+        return;
+    }
     if let Err(error) = super::launch::remove_memory(instance).await {
         instance.note(&format!("removing the memory of the run: {error}"));
     }
-    Ok(())
 }
 
 /// Asks the guest to power off and waits until it did or its time is over. `true`: interrupted.
