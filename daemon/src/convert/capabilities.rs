@@ -58,12 +58,15 @@ pub(crate) async fn capabilities(engine: &Engine) -> Capabilities {
     }
 }
 
-/// No monitor has standby, snapshots or pause through this API yet, so none is listed.
+/// What every monitor does through this API. Of the contract's others (snapshots, fork, pause) none is
+/// served yet, so none is listed.
+const RUNTIME_FEATURES: [&str; 1] = ["standby"];
+
 fn runtime(hypervisor: Hypervisor, probe: Probe) -> Runtime {
     Runtime {
         name: instance::hypervisor(hypervisor).as_str().to_owned(),
         available: probe.missing.is_none(),
-        features: Vec::new(),
+        features: RUNTIME_FEATURES.map(str::to_owned).to_vec(),
         unavailable_reason: probe.missing,
         version: probe.version,
         acceleration: Some(

@@ -290,7 +290,7 @@ async fn capabilities_claim_only_what_works() {
         .collect();
     assert_eq!(names, ["qemu", "qemu-microvm"]);
     for runtime in answer["runtimes"].as_array().unwrap() {
-        assert_eq!(runtime["features"], json!([]));
+        assert_eq!(runtime["features"], json!(["standby"]));
         assert_eq!(
             runtime["available"], false,
             "there is no QEMU at /nonexistent"

@@ -84,6 +84,7 @@ class Cases:
         capabilities = client.capabilities.get()
         assert capabilities.default_runtime.available
         assert {"instances", "images", "exec", "logs"} <= set(capabilities.features), capabilities.features
+        assert all("standby" in runtime.features for runtime in capabilities.runtimes), capabilities.runtimes
         assert capabilities.network.guest_to_guest is False
 
     def images_list_and_get(self) -> None:

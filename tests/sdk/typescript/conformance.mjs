@@ -73,6 +73,7 @@ const cases = {
     const capabilities = await client.capabilities.get();
     assert.equal(capabilities.default_runtime.available, true);
     for (const feature of ['instances', 'images', 'exec', 'logs']) assert.ok(capabilities.features.includes(feature));
+    for (const runtime of capabilities.runtimes) assert.ok(runtime.features.includes('standby'), runtime.name);
     assert.equal(capabilities.network.guest_to_guest, false);
   },
   async images_list_and_get() {
