@@ -63,6 +63,13 @@ async fn body<S: Send + Sync>(request: Request, state: &S) -> Result<Bytes, ApiE
 
 /// Strict JSON with the position of what is malformed and the path of what is not allowed.
 pub fn parse_json<T: DeserializeOwned>(text: &[u8]) -> Result<T, ApiError> {
+    // Derived types would take its elements for their fields, in the order of their declaration.
+    if text.trim_ascii_start().starts_with(b"[") {
+        return Err(ApiError::invalid(
+            "invalid_field",
+            "the body is an array; allowed: a JSON object",
+        ));
+    }
     let mut deserializer = serde_json::Deserializer::from_slice(text);
     let value: T = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
         let path = error.path().to_string();
@@ -270,5 +277,8 @@ mod tests {
         assert_eq!(code, "invalid_field");
         assert!(text.starts_with("inner.port: "), "{text}");
         assert_eq!(code_and_text("{\"inner\":{\"port\":1}} x").0, "bad_request");
+        let (code, text) = code_and_text(" [{\"port\":1}]");
+        assert_eq!(code, "invalid_field");
+        assert!(text.contains("array"), "{text}");
     }
 }

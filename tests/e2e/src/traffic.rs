@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{
-        TcpStream,
+        TcpSocket,
         tcp::{OwnedReadHalf, OwnedWriteHalf},
     },
     sync::watch,
@@ -14,7 +14,9 @@ use tokio::{
 };
 
 /// Between two messages.
-const PACE: Duration = Duration::from_millis(5);
+const PACE: Duration = Duration::from_millis(10);
+/// The kernel keeps what nobody acknowledges; without room for it the sender would have to rest, too.
+const SEND_BUFFER: u32 = 1 << 20;
 /// TCP repeats what was lost ever more rarely while nobody answers, so this is longer than any sleep here.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -28,7 +30,13 @@ pub struct Traffic {
 
 impl Traffic {
     pub async fn start(address: SocketAddr) -> Result<Self> {
-        let stream = TcpStream::connect(address)
+        let socket = match address {
+            SocketAddr::V4(_) => TcpSocket::new_v4()?,
+            SocketAddr::V6(_) => TcpSocket::new_v6()?,
+        };
+        socket.set_send_buffer_size(SEND_BUFFER)?;
+        let stream = socket
+            .connect(address)
             .await
             .with_context(|| format!("connect to {address}"))?;
         stream.set_nodelay(true)?;

@@ -84,6 +84,7 @@ class Cases:
         capabilities = client.capabilities.get()
         assert capabilities.default_runtime.available
         assert {"instances", "images", "exec", "logs"} <= set(capabilities.features), capabilities.features
+        assert all("standby" in runtime.features for runtime in capabilities.runtimes), capabilities.runtimes
         assert capabilities.network.guest_to_guest is False
 
     def images_list_and_get(self) -> None:
@@ -184,6 +185,97 @@ class Cases:
         client.instances.wait(self.id, state="Running", api_timeout="90s", timeout=100)
         assert client.instances.start(self.id).state == "Running"
 
+    def standby_and_restore(self) -> None:
+        def durations(instance: hypeman.types.Instance) -> dict[str, int]:
+            assert instance.phase_durations_ms is not None
+            total = datetime.timedelta(milliseconds=sum(instance.phase_durations_ms.values()))
+            age = datetime.datetime.now(datetime.timezone.utc) - instance.created_at
+            assert abs(age - total) < datetime.timedelta(seconds=2), (age, total)
+            return instance.phase_durations_ms
+
+        guest_exec(client, self.id, ["sh", "-c", "echo kept > /dev/shm/kept"])
+        before = client.instances.get(self.id)
+        assert before.has_snapshot is False and before.current_phase == "running"
+        answers: list[hypeman.types.WaitForStateResponse] = []
+        waiter = threading.Thread(
+            target=lambda: answers.append(client.instances.wait(self.id, state="Standby", api_timeout="60s", timeout=70))
+        )
+        waiter.start()
+        asleep = client.instances.standby(self.id)
+        waiter.join()
+        assert answers and answers[0].state == "Standby" and answers[0].timed_out is False, answers
+        assert asleep.state == "Standby" and asleep.current_phase == "standby" and asleep.has_snapshot is True
+        assert isinstance(asleep.current_phase_since, datetime.datetime) and asleep.started_at == before.started_at
+        assert asleep.network == before.network and asleep.exit_code is None
+        assert {"running", "paused", "standby"} <= set(durations(asleep)), asleep.phase_durations_ms
+        assert [i.id for i in client.instances.list(tags={"run": self.name}, state="Standby")] == [self.id]
+        # It will not be Running without a command; the answer does not keep anybody waiting.
+        answer = client.instances.wait(self.id, state="Running", api_timeout="60s", timeout=5)
+        assert answer.state == "Standby" and answer.timed_out is False, answer
+
+        awake = client.instances.restore(self.id)
+        assert awake.state == "Running" and awake.current_phase == "running" and awake.has_snapshot is False
+        assert awake.network == before.network and awake.started_at == before.started_at
+        assert durations(awake)["standby"] >= durations(asleep)["standby"]
+        result = guest_exec(client, self.id, ["cat", "/dev/shm/kept"])
+        assert result.exit_code == 0 and result.output == b"kept\n", result
+
+    def standby_no_ops_and_conflicts(self) -> None:
+        conflict, instances = hypeman.ConflictError, client.instances
+
+        def unchanged(call) -> None:
+            """One request, success, and the same phase entered at the same time."""
+            before, sent = instances.get(self.id), len(requests)
+            after = call()
+            assert len(requests) == sent + 1, requests[sent:]
+            assert after.state == before.state and after.current_phase_since == before.current_phase_since, after
+            assert set(after.phase_durations_ms) == set(before.phase_durations_ms)
+
+        discard = {"discard_memory": True}
+        unchanged(lambda: instances.restore(self.id))
+        refused(conflict, 409, "invalid_state", lambda: instances.start(self.id, extra_body=discard))
+        compress = {"enabled": True, "algorithm": "zstd"}
+        message = refused(
+            hypeman.InternalServerError, 501, "not_implemented", lambda: instances.standby(self.id, compression=compress)
+        )
+        assert "compression" in message, message
+        malformed = "soon"
+        message = refused(
+            hypeman.BadRequestError, 400, "invalid_field", lambda: instances.standby(self.id, compression_delay=malformed)
+        )
+        assert "compression_delay" in message and malformed in message, message
+        assert instances.get(self.id).state == "Running"
+
+        instances.standby(self.id)
+        unchanged(lambda: instances.standby(self.id))
+        unchanged(lambda: instances.standby(self.id, compression={"enabled": False}))
+        for call, advice in [
+            (lambda: instances.start(self.id), "restore"),
+            (lambda: instances.start(self.id, cmd=["true"]), "restore"),
+            (lambda: instances.stop(self.id), "restore"),
+        ]:
+            message = refused(conflict, 409, "invalid_state", call)
+            assert "Standby" in message and advice in message, message
+        # The upgrade is refused, by whatever error the client's WebSocket library has for it.
+        try:
+            guest_exec(client, self.id, ["true"])
+        except Exception as exc:
+            assert "409" in str(exc), exc
+        else:
+            raise AssertionError("exec in a sleeping instance")
+
+        started = instances.start(self.id, extra_body=discard)
+        assert started.state in ("Initializing", "Running") and started.has_snapshot is False, started
+        instances.wait(self.id, state="Running", api_timeout="90s", timeout=100)
+        result = guest_exec(client, self.id, ["test", "-e", "/dev/shm/kept"])
+        assert result.exit_code == 1, "the memory was to be discarded"
+        instances.stop(self.id)
+        for call in [lambda: instances.standby(self.id), lambda: instances.restore(self.id)]:
+            message = refused(conflict, 409, "invalid_state", call)
+            assert "Stopped" in message and "start" in message, message
+        instances.start(self.id)
+        instances.wait(self.id, state="Running", api_timeout="90s", timeout=100)
+
     def conflict_is_not_retried(self) -> None:
         def create() -> None:
             client.instances.create(name=self.name, image="tiny")
@@ -211,7 +303,6 @@ class Cases:
     def not_implemented_is_not_retried(self) -> None:
         error = hypeman.InternalServerError
         refused(error, 501, "not_implemented", lambda: client.volumes.list())
-        refused(error, 501, "not_implemented", lambda: client.instances.standby(self.id))
         refused(error, 501, "not_implemented", lambda: client.instances.fork(self.id, name="x"))
         ttl = {"name": "x", "image": "tiny", "ttl": "1h"}
         refused(error, 501, "not_implemented", lambda: client.instances.create(**ttl))

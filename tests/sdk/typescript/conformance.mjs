@@ -73,6 +73,7 @@ const cases = {
     const capabilities = await client.capabilities.get();
     assert.equal(capabilities.default_runtime.available, true);
     for (const feature of ['instances', 'images', 'exec', 'logs']) assert.ok(capabilities.features.includes(feature));
+    for (const runtime of capabilities.runtimes) assert.ok(runtime.features.includes('standby'), runtime.name);
     assert.equal(capabilities.network.guest_to_guest, false);
   },
   async images_list_and_get() {
@@ -162,6 +163,84 @@ const cases = {
     await client.instances.wait(id, { state: 'Running', timeout: '90s' }, { timeout: 100_000 });
     assert.equal((await client.instances.start(id, {})).state, 'Running');
   },
+  async standby_and_restore() {
+    const durations = (instance) => {
+      const total = Object.values(instance.phase_durations_ms).reduce((a, b) => a + b, 0);
+      const age = Date.now() - Date.parse(instance.created_at);
+      assert.ok(Math.abs(age - total) < 2000, `${age} against ${total}`);
+      return instance.phase_durations_ms;
+    };
+    const before = await client.instances.get(id);
+    assert.equal(before.has_snapshot, false);
+    const waiting = client.instances.wait(id, { state: 'Standby', timeout: '60s' }, { timeout: 70_000 });
+    const asleep = await client.instances.standby(id);
+    const reached = await waiting;
+    assert.equal(reached.state, 'Standby');
+    assert.equal(reached.timed_out, false);
+    assert.equal(asleep.state, 'Standby');
+    assert.equal(asleep.current_phase, 'standby');
+    assert.equal(asleep.has_snapshot, true);
+    assert.deepEqual(asleep.network, before.network);
+    for (const phase of ['running', 'paused', 'standby']) assert.ok(phase in durations(asleep), phase);
+    const listed = await client.instances.list({ tags: { run: name }, state: 'Standby' });
+    assert.deepEqual(listed.map((instance) => instance.id), [id]);
+    // It will not be Running without a command; the answer does not keep anybody waiting.
+    const answer = await client.instances.wait(id, { state: 'Running', timeout: '60s' }, { timeout: 5_000 });
+    assert.equal(answer.state, 'Standby');
+    assert.equal(answer.timed_out, false);
+
+    const awake = await client.instances.restore(id);
+    assert.equal(awake.state, 'Running');
+    assert.equal(awake.current_phase, 'running');
+    assert.equal(awake.has_snapshot, false);
+    assert.equal(awake.started_at, before.started_at);
+    assert.deepEqual(awake.network, before.network);
+    assert.ok(durations(awake).standby >= durations(asleep).standby);
+  },
+  async standby_no_ops_and_conflicts() {
+    const { instances } = client;
+    // One request, success, and the same phase entered at the same time.
+    const unchanged = async (call) => {
+      const before = await instances.get(id);
+      const sent = requests.length;
+      const after = await call();
+      assert.equal(requests.length, sent + 1, `requests: ${requests.slice(sent)}`);
+      assert.equal(after.state, before.state);
+      assert.equal(after.current_phase_since, before.current_phase_since);
+      assert.deepEqual(Object.keys(after.phase_durations_ms), Object.keys(before.phase_durations_ms));
+    };
+    const conflict = (call) => refused(sdk.ConflictError, 409, 'invalid_state', call);
+    await unchanged(() => instances.restore(id));
+    await conflict(() => instances.start(id, { discard_memory: true }));
+    const compression = { enabled: true, algorithm: 'zstd' };
+    let message = await refused(sdk.InternalServerError, 501, 'not_implemented', () => instances.standby(id, { compression }));
+    assert.ok(message.includes('compression'), message);
+    const malformed = { compression_delay: 'soon' };
+    message = await refused(sdk.BadRequestError, 400, 'invalid_field', () => instances.standby(id, malformed));
+    assert.ok(message.includes('compression_delay') && message.includes('soon'), message);
+    assert.equal((await instances.get(id)).state, 'Running');
+
+    await instances.standby(id);
+    await unchanged(() => instances.standby(id));
+    await unchanged(() => instances.standby(id, {}));
+    await unchanged(() => instances.standby(id, { compression: { enabled: false } }));
+    for (const call of [() => instances.start(id, {}), () => instances.start(id, { cmd: ['true'] }), () => instances.stop(id)]) {
+      message = await conflict(call);
+      assert.ok(message.includes('Standby') && message.includes('restore'), message);
+    }
+
+    const started = await instances.start(id, { discard_memory: true });
+    assert.ok(['Initializing', 'Running'].includes(started.state), started.state);
+    assert.equal(started.has_snapshot, false);
+    await instances.wait(id, { state: 'Running', timeout: '90s' }, { timeout: 100_000 });
+    await instances.stop(id);
+    for (const call of [() => instances.standby(id), () => instances.restore(id)]) {
+      message = await conflict(call);
+      assert.ok(message.includes('Stopped') && message.includes('start'), message);
+    }
+    await instances.start(id, {});
+    await instances.wait(id, { state: 'Running', timeout: '90s' }, { timeout: 100_000 });
+  },
   async conflict_is_not_retried() {
     const message = await refused(sdk.ConflictError, 409, 'name_conflict', () => client.instances.create({ name, image: 'tiny' }));
     assert.ok(message.includes(name), message);
@@ -183,7 +262,6 @@ const cases = {
   async not_implemented_is_not_retried() {
     const error = sdk.InternalServerError;
     await refused(error, 501, 'not_implemented', () => client.volumes.list());
-    await refused(error, 501, 'not_implemented', () => client.instances.standby(id));
     await refused(error, 501, 'not_implemented', () => client.instances.fork(id, { name: 'x' }));
     await refused(error, 501, 'not_implemented', () => client.instances.create({ name: 'x', image: 'tiny', ttl: '1h' }));
     assert.equal((await client.instances.get(id)).state, 'Running');

@@ -504,8 +504,6 @@ async fn endpoints_not_built_yet(world: &World) -> Result<()> {
             (Method::GET, "/resources".to_owned()),
             (Method::POST, "/resources/memory/reclaim".to_owned()),
             (Method::PATCH, on_instance("")),
-            (Method::POST, on_instance("/standby")),
-            (Method::POST, on_instance("/restore")),
             (Method::POST, on_instance("/fork")),
             (Method::GET, on_instance("/stats")),
             (Method::GET, on_instance("/stat?path=/")),

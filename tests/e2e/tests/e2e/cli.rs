@@ -10,14 +10,14 @@ pub fn cases() -> Vec<Case> {
     doze_e2e::cases![cli_walk_through, cli_exit_codes, cli_errors]
 }
 
-struct Output {
-    code: i32,
-    out: String,
-    err: String,
+pub struct Output {
+    pub code: i32,
+    pub out: String,
+    pub err: String,
 }
 
 impl Output {
-    fn ok(self) -> Result<String> {
+    pub fn ok(self) -> Result<String> {
         ensure!(
             self.code == 0,
             "exit code {}: {}{}",
@@ -29,7 +29,7 @@ impl Output {
     }
 }
 
-async fn doze(world: &World, args: &[&str]) -> Result<Output> {
+pub async fn doze(world: &World, args: &[&str]) -> Result<Output> {
     let token = world.server.token().await?;
     let command = Command::new(&world.tools.doze)
         .args(args.iter().map(OsStr::new))
