@@ -1,4 +1,6 @@
 //! `doze drain`: everything to sleep, then a report; a host can be rebooted after it.
+use std::collections::BTreeMap;
+
 use doze_api::{Instance, InstanceState, StandbyInstanceRequest, client::InstanceFilter};
 use futures::{StreamExt, stream};
 use serde::Serialize;
@@ -8,6 +10,9 @@ use crate::{
     failure::{Failure, GENERAL},
     output,
 };
+
+/// How often the list is read again at most: something else keeps waking instances then.
+const ROUNDS: usize = 5;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -32,21 +37,25 @@ struct Line {
 
 pub async fn run(args: Args, options: &connection::Options) -> Result<u8, Failure> {
     let server = connection::connect(options)?;
-    let instances = server
-        .client
-        .list_instances(&InstanceFilter::default())
-        .await
-        .map_err(|e| server.explain(&e))?;
-    let lines: Vec<Line> = stream::iter(instances)
-        .map(|instance| drain(&server, instance))
-        .buffer_unordered(usize::from(args.parallel))
-        .inspect(|line| {
-            if line.outcome == "asleep" {
-                output::remark(&format!("{} sleeps", line.name));
-            }
-        })
-        .collect()
-        .await;
+    let mut lines: BTreeMap<String, Line> = BTreeMap::new();
+    for _ in 0..ROUNDS {
+        let awake = awake(&server, &lines).await?;
+        if awake.is_empty() {
+            break;
+        }
+        let round: Vec<Line> = stream::iter(awake)
+            .map(|instance| drain(&server, instance))
+            .buffer_unordered(usize::from(args.parallel))
+            .inspect(|line| {
+                if line.outcome == "asleep" {
+                    output::remark(&format!("{} sleeps", line.name));
+                }
+            })
+            .collect()
+            .await;
+        lines.extend(round.into_iter().map(|line| (line.id.clone(), line)));
+    }
+    let lines: Vec<Line> = lines.into_values().collect();
     let failed = lines.iter().any(|line| line.outcome == "failed");
     if args.json {
         output::json(&lines)?;
@@ -56,6 +65,25 @@ pub async fn run(args: Args, options: &connection::Options) -> Result<u8, Failur
     Ok(if failed { GENERAL } else { 0 })
 }
 
+/// Who has to be told, or told again because it woke meanwhile. What is said to sleep is told too, once: it may
+/// be waking this moment.
+async fn awake(server: &Server, told: &BTreeMap<String, Line>) -> Result<Vec<Instance>, Failure> {
+    let mut instances = server
+        .client
+        .list_instances(&InstanceFilter::default())
+        .await
+        .map_err(|e| server.explain(&e))?;
+    instances.retain(|instance| match told.get(&instance.id) {
+        None => true,
+        Some(line) if line.outcome == "failed" => false,
+        Some(_) => !matches!(
+            instance.state,
+            InstanceState::Standby | InstanceState::Stopped
+        ),
+    });
+    Ok(instances)
+}
+
 async fn drain(server: &Server, instance: Instance) -> Line {
     let line = |outcome, reason| Line {
         name: instance.name.clone(),
@@ -63,14 +91,13 @@ async fn drain(server: &Server, instance: Instance) -> Line {
         outcome,
         reason,
     };
-    match instance.state {
-        InstanceState::Standby => return line("was asleep", None),
-        InstanceState::Stopped => return line("not running", None),
-        InstanceState::Created | InstanceState::Initializing | InstanceState::Running => {}
-        InstanceState::Paused | InstanceState::Shutdown | InstanceState::Unknown => {}
+    if instance.state == InstanceState::Stopped {
+        return line("not running", None);
     }
+    let slept = instance.state == InstanceState::Standby;
     let request = StandbyInstanceRequest::default();
     match server.client.standby_instance(&instance.id, &request).await {
+        Ok(_) if slept => line("was asleep", None),
         Ok(_) => line("asleep", None),
         Err(error) => line("failed", Some(server.explain(&error).to_string())),
     }

@@ -37,6 +37,8 @@ pub enum Message {
         reply: Reply,
     },
     Standby {
+        /// The request says how the snapshot is to be kept.
+        options: bool,
         reply: Reply,
     },
     Restore {
@@ -68,7 +70,7 @@ impl Message {
                 discard_memory: *discard_memory,
             }),
             Message::Stop { .. } => Some(Command::Stop),
-            Message::Standby { .. } => Some(Command::Standby { options: false }),
+            Message::Standby { options, .. } => Some(Command::Standby { options: *options }),
             Message::Restore { .. } => Some(Command::Restore),
             Message::Delete { graceful, .. } => Some(Command::Delete {
                 graceful: *graceful,
@@ -92,7 +94,7 @@ impl Message {
             Message::Create { reply }
             | Message::Start { reply, .. }
             | Message::Stop { reply }
-            | Message::Standby { reply }
+            | Message::Standby { reply, .. }
             | Message::Restore { reply }
             | Message::Delete { reply, .. }
             | Message::Recover { reply } => drop(reply.send(answer)),
@@ -114,6 +116,8 @@ struct Busy {
     cancel: Cancel,
     owner: Message,
     joined: Vec<Message>,
+    /// How many of those that wait, at the front, interrupted it.
+    interrupters: usize,
 }
 
 enum Holding {
@@ -206,7 +210,23 @@ async fn settle(instance: &mut Instance, message: &Message) -> Result<bool, Engi
     if instance.record.operation().is_none() && !adrift {
         return Ok(true);
     }
-    match (recovery::run(instance).await, command) {
+    let mut outcome = recovery::run(instance).await;
+    let ends_it = match command {
+        Command::Delete { .. } => true,
+        // Killing the machine of a restore would lose the memory.
+        Command::Stop => instance.record.operation() != Some(Operation::Restore),
+        Command::Start { .. } | Command::Standby { .. } => false,
+        Command::Restore | Command::Exec => false,
+    };
+    if let Err(error) = &outcome
+        && ends_it
+    {
+        // What does not answer is killed, which needs no answer.
+        instance.note(&format!("its machine is out of reach: {error}; killing it"));
+        instance.kill_machine().await?;
+        outcome = recovery::run(instance).await;
+    }
+    match (outcome, command) {
         (Ok(present), _) => Ok(present),
         // They kill what cannot be attached to, by its mark.
         (Err(error), Command::Stop | Command::Delete { .. }) if adrift => {
@@ -319,6 +339,7 @@ fn begin(mut instance: Box<Instance>, message: Message) -> Holding {
         cancel,
         owner: message,
         joined: Vec::new(),
+        interrupters: 0,
     })
 }
 
@@ -352,7 +373,9 @@ fn overlap(
         Admission::Join => busy.joined.push(message),
         Admission::Interrupt => {
             busy.cancel.cancel();
-            waiting.push_front(message);
+            // Before those that only wait, but in the order in which they came.
+            waiting.insert(busy.interrupters.min(waiting.len()), message);
+            busy.interrupters += 1;
         }
         Admission::Wait | Admission::Run | Admission::NoOp => waiting.push_back(message),
         Admission::Refuse(refusal) => {
@@ -388,10 +411,7 @@ fn finish(
                 what: "instance",
                 id: current.id.clone(),
             }),
-            (Err(error), _) => Err(EngineError::Internal {
-                context: "the operation this command joined".to_owned(),
-                reason: error.to_string(),
-            }),
+            (Err(error), _) => Err(error.repeated()),
         };
         message.reply(answer);
     }

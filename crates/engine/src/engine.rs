@@ -51,6 +51,15 @@ pub(crate) struct Shared {
     pub image_gate: Arc<tokio::sync::RwLock<()>>,
 }
 
+impl Shared {
+    /// Takes an instance that is gone off the list.
+    fn forget(&self, id: &str) {
+        self.ctx.metrics.forgotten(&now(), || {
+            self.registry.remove(id).map(|entry| entry.view())
+        });
+    }
+}
+
 /// Machine monitors by kind.
 pub type Monitors = std::collections::BTreeMap<Hypervisor, Arc<dyn Monitor>>;
 
@@ -158,7 +167,7 @@ impl Engine {
         let view = entry.view();
         self.shared.registry.add(&view, entry.clone());
         let (shared, id) = (self.shared.clone(), view.id.clone());
-        let forget = move || shared.registry.remove(&id);
+        let forget = move || shared.forget(&id);
         let task = tokio::spawn(driver::run(instance, published, messages, forget));
         let (shared, id) = (self.shared.clone(), view.id.clone());
         tokio::spawn(async move {
@@ -168,7 +177,7 @@ impl Engine {
             }
             // A retired driver's instance is still there; the server is about to end.
             if !shared.closing.load(Ordering::Acquire) {
-                shared.registry.remove(&id);
+                shared.forget(&id);
             }
         });
         entry
@@ -316,7 +325,7 @@ impl Engine {
 
     /// What happened since this server started.
     pub fn metrics(&self) -> MetricsView {
-        self.shared.ctx.metrics.view(&self.list(), &now())
+        self.shared.ctx.metrics.view(|| self.list(), &now())
     }
 
     /// By id, exact name or unique id prefix, in this order.
@@ -341,8 +350,14 @@ impl Engine {
     }
 
     /// Puts the guest to sleep; answers when its snapshot is durable and its VMM is gone.
-    pub async fn standby(&self, key: &str) -> Result<Arc<InstanceView>, EngineError> {
-        self.command(key, |reply| Message::Standby { reply }).await
+    /// `options`: the request says how the snapshot is to be kept, which one that sleeps cannot obey.
+    pub async fn standby(
+        &self,
+        key: &str,
+        options: bool,
+    ) -> Result<Arc<InstanceView>, EngineError> {
+        self.command(key, |reply| Message::Standby { options, reply })
+            .await
     }
 
     /// Wakes a sleeping guest; answers when it proved that it lives (Running), or when it runs and takes

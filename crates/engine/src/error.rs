@@ -3,6 +3,80 @@ use doze_agent::client::AgentError;
 use doze_image::ImageError;
 use doze_lifecycle::{Refusal, State};
 
+impl EngineError {
+    /// The same answer for somebody who joined the operation.
+    #[must_use]
+    pub fn repeated(&self) -> EngineError {
+        use EngineError as E;
+        match self {
+            E::NotFound { what, id } => E::NotFound {
+                what,
+                id: id.clone(),
+            },
+            E::Ambiguous { prefix, matches } => E::Ambiguous {
+                prefix: prefix.clone(),
+                matches: matches.clone(),
+            },
+            E::NameTaken { name, holder } => E::NameTaken {
+                name: name.clone(),
+                holder: holder.clone(),
+            },
+            E::InvalidField {
+                code,
+                field,
+                value,
+                allowed,
+            } => E::InvalidField {
+                code,
+                field: field.clone(),
+                value: value.clone(),
+                allowed: allowed.clone(),
+            },
+            E::InvalidState { state, refusal } => E::InvalidState {
+                state: *state,
+                refusal: *refusal,
+            },
+            E::ImageNotFound { name } => E::ImageNotFound { name: name.clone() },
+            E::ImageInUse { name, instances } => E::ImageInUse {
+                name: name.clone(),
+                instances: instances.clone(),
+            },
+            E::Capacity {
+                resource,
+                wanted,
+                available,
+                limit,
+            } => E::Capacity {
+                resource,
+                wanted: wanted.clone(),
+                available: available.clone(),
+                limit: limit.clone(),
+            },
+            E::Snapshot { reason } => E::Snapshot {
+                reason: reason.clone(),
+            },
+            E::DependencyMissing { what, mend } => E::DependencyMissing {
+                what: what.clone(),
+                mend: mend.clone(),
+            },
+            E::NotImplemented { field } => E::NotImplemented {
+                field: field.clone(),
+            },
+            E::Interrupted { by } => E::Interrupted { by },
+            E::Agent(error) => E::Agent(error.clone()),
+            E::ShuttingDown => E::ShuttingDown,
+            E::Image(error) => E::Internal {
+                context: "the operation this command joined".to_owned(),
+                reason: error.to_string(),
+            },
+            E::Internal { context, reason } => E::Internal {
+                context: context.clone(),
+                reason: reason.clone(),
+            },
+        }
+    }
+}
+
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
     /// `what` is `instance` or `image`.

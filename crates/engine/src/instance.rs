@@ -120,13 +120,20 @@ impl Instance {
 
     /// Records a fact of an earlier moment. On error nothing has changed, neither on disk nor for readers.
     pub async fn commit_at(&mut self, fact: Fact, at: &Stamp) -> Result<(), EngineError> {
-        let next =
-            self.record
-                .apply(&fact, at, self.on_behalf)
+        self.commit_all(&[(fact, at.clone())]).await
+    }
+
+    /// Records several facts, one after the other, in one write.
+    pub async fn commit_all(&mut self, facts: &[(Fact, Stamp)]) -> Result<(), EngineError> {
+        let mut next = (*self.record).clone();
+        for (fact, at) in facts {
+            next = next
+                .apply(fact, at, self.on_behalf)
                 .map_err(|e| EngineError::Internal {
                     context: format!("recording {} of {}", fact.name(), self.id),
                     reason: e.to_string(),
                 })?;
+        }
         let before = self.record.state();
         let document = Document {
             spec: (*self.spec).clone(),
@@ -138,12 +145,17 @@ impl Instance {
             .update(&self.id, document)
             .await
             .map_err(store_error)?;
-        self.ctx.metrics.booked(self.record.ledger(), next.ledger());
-        self.record = Arc::new(next);
-        self.publish();
+        let ctx = self.ctx.clone();
+        let before_ledger = self.record.clone();
+        ctx.metrics
+            .booked(before_ledger.ledger(), next.ledger(), || {
+                self.record = Arc::new(next.clone());
+                self.publish();
+            });
         let after = self.record.state();
         if before != after {
-            self.note(&format!("{before} -> {after} ({})", fact.name()));
+            let names: Vec<_> = facts.iter().map(|(fact, _)| fact.name()).collect();
+            self.note(&format!("{before} -> {after} ({})", names.join(", ")));
         }
         Ok(())
     }

@@ -13,19 +13,20 @@
 use std::{
     fs::{self, OpenOptions},
     io,
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use doze_lifecycle::Stamp;
+use doze_snapshot::manifest;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
     EngineError,
     context::blocking,
-    instance::{APP_LOG, Instance, MEMORY, OVERLAY, VMM_LOG},
+    instance::{APP_LOG, Instance, MEMORY, OVERLAY, SNAPSHOT, VMM_LOG},
     now,
 };
 
@@ -99,6 +100,23 @@ pub async fn last_seen(instance: &Instance) -> Result<Stamp, EngineError> {
     Ok(match wall_us {
         Some(wall_us) => ledger.moment(wall_us, &now()),
         None => ledger.since().clone(),
+    })
+}
+
+/// When the guest of a restore that said nothing began to run: just after its snapshot was consumed, which
+/// changed the folder's inode (rename(2): st_ctime).
+pub async fn consumed_at(instance: &Instance) -> Result<Stamp, EngineError> {
+    let consumed = manifest::consumed_of(&instance.dir().join(SNAPSHOT));
+    let wall_us = blocking("looking for the consumed snapshot", move || {
+        let meta = fs::metadata(consumed).ok()?;
+        let us = meta.ctime().checked_mul(1_000_000)?;
+        us.checked_add(meta.ctime_nsec() / 1000)
+    })
+    .await?;
+    let ledger = instance.record.ledger();
+    Ok(match wall_us {
+        Some(wall_us) => ledger.moment(wall_us, &now()),
+        None => now(),
     })
 }
 

@@ -46,8 +46,9 @@ impl Metrics {
         }
     }
 
-    /// Counts what the second ledger has beyond the first.
-    pub fn booked(&self, before: &Ledger, after: &Ledger) {
+    /// Counts what the second ledger has beyond the first, and publishes it with `show` in the same moment: nobody
+    /// sees it counted twice.
+    pub fn booked(&self, before: &Ledger, after: &Ledger, show: impl FnOnce()) {
         let new = after
             .transitions_total()
             .saturating_sub(before.transitions_total());
@@ -58,23 +59,27 @@ impl Metrics {
         for change in after.transitions().skip(kept - new) {
             let key = (change.from, change.to, change.cause);
             *counted.changes.entry(key).or_default() += 1;
-            let begin = self.start.clone().later(since);
+            let begin = since.later(self.start.clone());
             *counted.closed_us.entry(change.from).or_default() += change.at.since_us(&begin);
             since = change.at.clone();
         }
+        show();
     }
 
-    /// Keeps what an instance spent in its last phase when it is deleted.
-    pub fn forgotten(&self, ledger: &Ledger, now: &Stamp) {
+    /// Keeps what an instance spent in its last phase when `remove` takes it off the list.
+    pub fn forgotten(&self, now: &Stamp, remove: impl FnOnce() -> Option<Arc<InstanceView>>) {
         let mut counted = lock(&self.counted);
-        *counted.closed_us.entry(ledger.current()).or_default() += self.live_us(ledger, now);
+        if let Some(view) = remove() {
+            let ledger = view.record.ledger();
+            *counted.closed_us.entry(ledger.current()).or_default() += self.live_us(ledger, now);
+        }
     }
 
     fn live_us(&self, ledger: &Ledger, now: &Stamp) -> u64 {
-        now.since_us(&self.start.clone().later(ledger.since().clone()))
+        now.since_us(&ledger.since().clone().later(self.start.clone()))
     }
 
-    pub fn view(&self, instances: &[Arc<InstanceView>], now: &Stamp) -> MetricsView {
+    pub fn view(&self, list: impl FnOnce() -> Vec<Arc<InstanceView>>, now: &Stamp) -> MetricsView {
         let zero = || State::ALL.map(|state| (state, 0)).into_iter().collect();
         let mut view = MetricsView {
             instances: zero(),
@@ -82,6 +87,7 @@ impl Metrics {
             changes: BTreeMap::new(),
         };
         let mut counted = lock(&self.counted);
+        let instances = list();
         view.changes.clone_from(&counted.changes);
         for (state, us) in &counted.closed_us {
             *view.phase_us.entry(*state).or_default() += us;
@@ -115,6 +121,37 @@ mod tests {
         }
     }
 
+    fn view_of(record: Record) -> Arc<InstanceView> {
+        let spec = serde_json::json!({
+            "image": "i", "image_digest": "d", "platform": "p", "hypervisor": "qemu",
+            "vcpus": 1, "memory_bytes": 1, "overlay_bytes": 1, "env": {}, "tags": {},
+            "entrypoint": null, "cmd": null, "network_enabled": false, "skip_guest_agent": false
+        });
+        Arc::new(InstanceView {
+            id: "i".into(),
+            name: "n".into(),
+            created_at_us: 0,
+            spec: Arc::new(serde_json::from_value(spec).unwrap()),
+            network: None,
+            record: Arc::new(record),
+            unknown: None,
+        })
+    }
+
+    /// A sleeper's time before this server was there is not this server's.
+    #[test]
+    fn a_phase_that_began_in_another_boot_counts_from_the_start() {
+        let mut start = at(10);
+        start.boot_id = "c".into();
+        let mut now = at(15);
+        now.boot_id = "c".into();
+        now.wall_us = 1_000_000_000;
+        let metrics = Metrics::new(start);
+        let list = || vec![view_of(Record::stopped(at(0)))];
+        let view = metrics.view(list, &now);
+        assert_eq!(view.phase_us[&State::Stopped], 5_000_000);
+    }
+
     #[test]
     fn only_what_happened_since_the_start_is_counted_and_deleting_keeps_it() {
         let metrics = Metrics::new(at(10));
@@ -127,7 +164,7 @@ mod tests {
         let spawned = created
             .apply(&Fact::MachineSpawned(process), &at(1), None)
             .unwrap();
-        metrics.booked(created.ledger(), spawned.ledger());
+        metrics.booked(created.ledger(), spawned.ledger(), || {});
         let started = spawned
             .apply(
                 &Fact::CpusStarted { agent: true },
@@ -135,9 +172,10 @@ mod tests {
                 Some(Cause::User),
             )
             .unwrap();
-        metrics.booked(spawned.ledger(), started.ledger());
-        metrics.forgotten(started.ledger(), &at(20));
-        let view = metrics.view(&[], &at(30));
+        metrics.booked(spawned.ledger(), started.ledger(), || {});
+        metrics.forgotten(&at(20), || Some(view_of(started)));
+        metrics.forgotten(&at(25), || None);
+        let view = metrics.view(Vec::new, &at(30));
         assert_eq!(view.phase_us[&State::Created], 3_000_000);
         assert_eq!(view.phase_us[&State::Initializing], 7_000_000);
         assert_eq!(

@@ -4,7 +4,7 @@
 //! having been busy.
 use std::time::Duration;
 
-use doze_lifecycle::{Fact, State};
+use doze_lifecycle::{Fact, Stamp, State};
 use doze_vmm::MachineStatus;
 use tokio::{sync::mpsc, time::Instant};
 
@@ -39,19 +39,18 @@ pub async fn idle(
             message = mailbox.recv() => return message,
             () = changed(instance), if done => {}
             () = sleep_until(deadline) => {}
-            _ = check.tick(), if instance.record.machine().is_some() => regular_check(instance).await,
+            _ = check.tick(), if recovery::is_needed(instance) => regular_check(instance).await,
         }
     }
 }
 
 /// Keeps logs small, also when nothing else works because they filled the disk, and looks again for a
-/// machine that could not be attached to.
+/// machine that could not be attached to, and at an operation that could not be finished or undone.
 async fn regular_check(instance: &mut Instance) {
     crate::logs::trim(&instance.dir(), instance.ctx.config.limits.max_log_bytes).await;
-    if instance.live.is_none()
-        && let Err(error) = recovery::run(instance).await
-    {
-        instance.note(&format!("its machine is still out of reach: {error}"));
+    let stuck = instance.record.operation().is_some() || instance.live.is_none();
+    if stuck && let Err(error) = recovery::run(instance).await {
+        instance.note(&format!("it cannot be put right yet: {error}"));
     }
 }
 
@@ -100,28 +99,15 @@ async fn observe(instance: &mut Instance) -> Result<(), EngineError> {
     };
     let guest = live.guest.borrow_and_update().clone();
     let status = *live.status.borrow_and_update();
-    let (here, stamp) = (std::time::Instant::now(), now());
-    let at = |instant| {
-        let age = here.saturating_duration_since(instant);
-        stamp.earlier(u64::try_from(age.as_micros()).unwrap_or(u64::MAX))
-    };
     let booting = match instance.record.state() {
         State::Initializing | State::Running => true,
         State::Created | State::Paused | State::Shutdown => false,
         State::Stopped | State::Standby => false,
     };
     if booting {
-        if let Some(instant) = guest.program_started
-            && !instance.record.program_started()
-        {
-            instance
-                .commit_at(Fact::ProgramStarted, &at(instant))
-                .await?;
-        }
-        if let Some(instant) = guest.agent_ready
-            && !instance.record.agent_ready()
-        {
-            instance.commit_at(Fact::AgentReady, &at(instant)).await?;
+        let markers = markers(instance);
+        if !markers.is_empty() {
+            instance.commit_all(&markers).await?;
         }
         if guest.program_exit.is_some() {
             if let Some(live) = instance.live.as_mut() {
@@ -137,6 +123,27 @@ async fn observe(instance: &mut Instance) -> Result<(), EngineError> {
             power_off(instance, status, guest.boot_error).await
         }
     }
+}
+
+/// What the guest has said of its boot and the record does not hold yet, with its own account of when.
+pub fn markers(instance: &Instance) -> Vec<(Fact, Stamp)> {
+    let Some(live) = &instance.live else {
+        return Vec::new();
+    };
+    let (here, stamp) = (std::time::Instant::now(), now());
+    let at = |instant| {
+        let age = here.saturating_duration_since(instant);
+        stamp.earlier(u64::try_from(age.as_micros()).unwrap_or(u64::MAX))
+    };
+    let guest = live.guest.borrow();
+    let record = &instance.record;
+    let program = guest.program_started.filter(|_| !record.program_started());
+    let agent = guest.agent_ready.filter(|_| !record.agent_ready());
+    program
+        .map(|instant| (Fact::ProgramStarted, at(instant)))
+        .into_iter()
+        .chain(agent.map(|instant| (Fact::AgentReady, at(instant))))
+        .collect()
 }
 
 /// Books a restored guest's answer once it is there.

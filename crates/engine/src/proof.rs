@@ -37,7 +37,7 @@ impl Proof {
                 match agent.restored(rand::random(), ATTEMPT).await {
                     Ok(told) => {
                         sender.send_replace(Some(Answer {
-                            at: Instant::now(),
+                            at: told.at,
                             problem: told.problem,
                         }));
                         return;

@@ -93,8 +93,9 @@ async fn reconcile(instance: &mut Instance) -> Result<bool, EngineError> {
         Some(Operation::Standby) => {
             if ops::standby::is_marked(instance).await? {
                 instance.note("finishing a standby that the server's end interrupted");
-                ops::standby::complete(instance).await?;
+                ops::standby::complete(instance, status).await?;
             } else {
+                book_pause(instance, status).await?;
                 let reason = "the server ended before the snapshot was complete";
                 ops::standby::undo(instance, reason).await?;
             }
@@ -117,6 +118,20 @@ async fn reconcile(instance: &mut Instance) -> Result<bool, EngineError> {
     }
     instance.publish();
     Ok(true)
+}
+
+/// A guest that a standby had paused when the server died has stood still since, whatever the record says.
+async fn book_pause(instance: &mut Instance, status: MachineStatus) -> Result<(), EngineError> {
+    let runs = match instance.record.state() {
+        State::Initializing | State::Running => true,
+        State::Created | State::Paused | State::Shutdown => false,
+        State::Stopped | State::Standby => false,
+    };
+    if !runs || status != MachineStatus::Paused {
+        return Ok(());
+    }
+    let last_seen = life_sign::last_seen(instance).await?;
+    instance.commit_at(Fact::CpusPaused, &last_seen).await
 }
 
 async fn status(instance: &Instance) -> Result<MachineStatus, EngineError> {

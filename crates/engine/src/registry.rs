@@ -51,15 +51,16 @@ impl Registry {
         tables.by_id.insert(view.id.clone(), entry);
     }
 
-    pub fn remove(&self, id: &str) {
+    /// What was removed; `None` when it was not there.
+    pub fn remove(&self, id: &str) -> Option<Entry> {
         let mut tables = self.write();
-        if let Some(entry) = tables.by_id.remove(id) {
-            let name = entry.view().name.clone();
-            // The name may belong to a successor already.
-            if tables.by_name.get(&name).is_some_and(|holder| holder == id) {
-                tables.by_name.remove(&name);
-            }
+        let entry = tables.by_id.remove(id)?;
+        let name = entry.view().name.clone();
+        // The name may belong to a successor already.
+        if tables.by_name.get(&name).is_some_and(|holder| holder == id) {
+            tables.by_name.remove(&name);
         }
+        Some(entry)
     }
 
     pub fn len(&self) -> usize {

@@ -218,8 +218,11 @@ impl Ledger {
 
     /// Says that what the current phase has lasted up to `now` was concluded, not seen.
     pub(crate) fn estimate(&mut self, now: &Stamp) {
-        let entry = self.estimated_us.entry(self.current).or_insert(0);
-        *entry = entry.saturating_add(now.since_us(&self.since));
+        let unseen = now.since_us(&self.since);
+        if unseen > 0 {
+            let entry = self.estimated_us.entry(self.current).or_insert(0);
+            *entry = entry.saturating_add(unseen);
+        }
     }
 
     /// The moment `wall_us`, read from a clock that everybody can see (a file's time), on this ledger's

@@ -124,8 +124,9 @@ pub enum Fact {
     Resumed { process: ProcessRef, agent: bool },
     /// The restored guest's agent answered a question asked after the CPUs ran.
     AgentAnswered,
-    /// A restore consumed the snapshot, but its guest is gone: only the disk is left.
-    MemoryLost { reason: String },
+    /// A restore consumed the snapshot, but its guest is gone: only the disk is left. `last_seen` is the last
+    /// moment at which it may have run.
+    MemoryLost { reason: String, last_seen: Stamp },
     /// A start from disk gave the snapshot up, as its caller wished.
     MemoryDiscarded,
 }
@@ -136,7 +137,11 @@ impl Fact {
     fn cause(&self, on_behalf: Option<Cause>) -> Cause {
         match self {
             Fact::ProgramStarted | Fact::AgentReady | Fact::AgentAnswered => Cause::Guest,
-            Fact::MachineGone { failure: Some(_) } | Fact::MachineFoundGone { .. } => Cause::Crash,
+            Fact::MachineGone { failure: Some(_) } => Cause::Crash,
+            Fact::MachineFoundGone {
+                failure: Some(_), ..
+            } => Cause::Crash,
+            Fact::MachineFoundGone { failure: None, .. } => on_behalf.unwrap_or(Cause::Recovery),
             Fact::MemoryLost { .. } => Cause::Crash,
             // Powering off was asked for by a stop, or is the guest's own wish.
             Fact::GuestFoundOff { .. } => Cause::Guest,
@@ -212,27 +217,22 @@ enum Proof {
 }
 
 impl Boot {
-    /// When the guest became ready: the later of the two by its own account, and not before it proved
-    /// itself after a restore.
-    fn completed(&self) -> Option<Stamp> {
-        let booted = self.booted()?;
-        match &self.proof {
-            Proof::NotNeeded => Some(booted),
-            Proof::Awaited => None,
-            Proof::Given(at) => Some(booted.later(at.clone())),
-        }
-    }
-
-    fn booted(&self) -> Option<Stamp> {
-        match (
-            &self.program_started,
-            &self.agent_ready,
-            self.agent_expected,
-        ) {
-            (Some(program), _, false) => Some(program.clone()),
-            (Some(program), Some(agent), true) => Some(program.clone().later(agent.clone())),
-            (None, _, _) | (Some(_), None, true) => None,
-        }
+    /// When the guest became ready, if it did: the latest of what it waited for, and not before `since`, when
+    /// the current phase began. What happened in another boot of the host was before it.
+    fn completed(&self, since: &Stamp) -> Option<Stamp> {
+        let program = Some(self.program_started.as_ref()?);
+        let agent = match self.agent_expected {
+            true => Some(self.agent_ready.as_ref()?),
+            false => None,
+        };
+        let proof = match &self.proof {
+            Proof::NotNeeded => None,
+            Proof::Awaited => return None,
+            Proof::Given(at) => Some(at),
+        };
+        let told = [program, agent, proof].into_iter().flatten();
+        let comparable = told.filter(|at| at.boot_id == since.boot_id);
+        Some(comparable.fold(since.clone(), |latest, at| latest.later(at.clone())))
     }
 }
 
@@ -418,10 +418,11 @@ impl Record {
                 next.boot.proof = Proof::Given(at.clone());
                 next.finish_boot(cause);
             }
-            Fact::MemoryLost { reason } => {
+            Fact::MemoryLost { reason, last_seen } => {
                 next.operation = None;
                 next.failure = Some(reason.clone());
-                next.forget_memory(at, cause);
+                next.forget_memory(&last_seen.clone().earlier_of(at), cause);
+                next.ledger.estimate(at);
             }
             Fact::MemoryDiscarded => next.forget_memory(at, cause),
         }
@@ -496,7 +497,7 @@ impl Record {
                 self.operation == Some(Standby) && self.state == S::Paused && !self.snapshot
             }
             Fact::StandbyAbandoned { .. } => {
-                self.operation == Some(Standby) && !self.snapshot && self.machine.is_some()
+                self.operation == Some(Standby) && self.machine.is_some()
             }
             Fact::Resumed { .. } => self.operation == Some(Restore) && self.machine.is_none(),
             Fact::AgentAnswered => self.awaits_answer(),
@@ -541,7 +542,7 @@ impl Record {
     /// older than the current phase.
     fn finish_boot(&mut self, cause: Cause) {
         if self.state == State::Initializing
-            && let Some(at) = self.boot.completed()
+            && let Some(at) = self.boot.completed(self.ledger.since())
         {
             self.enter(State::Running, &at, cause);
         }
@@ -570,9 +571,10 @@ impl Record {
 
     fn abandon_standby(&mut self, reason: &str, at: &Stamp, cause: Cause) {
         self.operation = None;
+        self.snapshot = false;
         self.failure = Some(reason.to_owned());
         if self.state == State::Paused {
-            let phase = match self.boot.completed() {
+            let phase = match self.boot.completed(self.ledger.since()) {
                 Some(_) => State::Running,
                 None => State::Initializing,
             };

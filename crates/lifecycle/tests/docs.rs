@@ -53,7 +53,14 @@ fn facts() -> Vec<Fact> {
             agent: false,
         },
         Fact::AgentAnswered,
-        Fact::MemoryLost { reason: "r".into() },
+        Fact::MemoryLost {
+            reason: "r".into(),
+            last_seen: Stamp {
+                boot_id: "b".into(),
+                boottime_us: 0,
+                wall_us: 0,
+            },
+        },
         Fact::MemoryDiscarded,
     ]);
     all

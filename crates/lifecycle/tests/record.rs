@@ -59,8 +59,9 @@ fn facts() -> impl Strategy<Value = Fact> {
             agent
         }),
         Just(Fact::AgentAnswered),
-        Just(Fact::MemoryLost {
-            reason: "no".into()
+        (0..60_000_000u64).prop_map(|boottime_us| Fact::MemoryLost {
+            reason: "no".into(),
+            last_seen: stamp(0, boottime_us, 1_700_000_000_000_000),
         }),
         Just(Fact::MemoryDiscarded),
     ]
@@ -160,6 +161,8 @@ proptest! {
                 record = next;
             }
             length += way(&before, record.current_since());
+            // Nothing that happened before the host's last boot makes a phase begin before it.
+            prop_assert!(record.current_since().boot_id >= before.boot_id);
             let now = host.now();
             let sum: u64 = record.ledger().durations_us(&now).values().sum();
             prop_assert_eq!(sum, length + way(record.current_since(), &now));
@@ -440,6 +443,37 @@ fn without_an_agent_it_runs_at_the_resume_acknowledgement() {
         ),
     ]);
     assert_eq!(after(&facts).state(), State::Running);
+}
+
+/// Drain, reboot, restore: the markers of the first boot say nothing about the second.
+#[test]
+fn a_reboot_in_a_sleep_bills_nothing_twice() {
+    for agent in [false, true] {
+        let mut record = after(&asleep());
+        let later = |seconds: u64| stamp(1, seconds * 1_000_000, 1_000_000_000);
+        for (fact, at) in [
+            (Fact::Admitted(Operation::Restore), later(10)),
+            (
+                Fact::Resumed {
+                    process: process(),
+                    agent,
+                },
+                later(11),
+            ),
+        ] {
+            record = record.apply(&fact, &at, None).unwrap();
+        }
+        if agent {
+            record = record
+                .apply(&Fact::AgentAnswered, &later(12), None)
+                .unwrap();
+        }
+        assert_eq!(record.state(), State::Running);
+        let spent = record.ledger().durations_ms(&later(20));
+        let running = if agent { 8_000 } else { 9_000 };
+        assert_eq!(spent["running"], 1_000 + running);
+        assert_eq!(record.current_since().boot_id, "boot-1");
+    }
 }
 
 #[test]

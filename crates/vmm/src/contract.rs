@@ -11,8 +11,10 @@
 //!
 //! A saved machine is its memory file and the files that [`Machine::save`] wrote. Both together are
 //! good for one `resume`: from then on the guest changes memory and disks, and the saved device
-//! state fits neither. Until then (`load` included) they may be tried as often as one likes, because
-//! a machine that has not been resumed writes nothing to them.
+//! state fits neither. Until then (`load` included) they may be tried as often as one likes, each time
+//! with a new process, because a machine that has not been resumed changes nothing that another load
+//! does not set again (QEMU's q35 under KVM writes two bytes of the guest's clock structure). So the
+//! memory file is known by its size, not by a checksum.
 //!
 //! Who calls what: only the driver task of one instance calls these methods, one at a time, except
 //! [`Machine::watch`] whose receiver may be polled at any moment.
@@ -29,6 +31,7 @@
 //! - running: the VMM. The file changes under everybody's feet;
 //! - paused: the VMM, which does not write. After `save` the file holds the guest's whole memory, in the
 //!   page cache at least; making it durable is the engine's;
+//! - paused, its save given up: the VMM still; what it wrote may be what its next save builds on;
 //! - process gone: the engine again. After a run without a snapshot its content is worthless.
 use std::path::{Path, PathBuf};
 

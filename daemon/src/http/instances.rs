@@ -192,7 +192,8 @@ pub(super) async fn standby(
 ) -> Result<Json<Instance>, ApiError> {
     query.finish("none")?;
     convert::unbuilt::standby(&request)?;
-    let view = state.engine().standby(&id).await?;
+    let options = request != StandbyInstanceRequest::default();
+    let view = state.engine().standby(&id, options).await?;
     Ok(Json(convert::instance::instance(
         &view,
         &doze_engine::now(),

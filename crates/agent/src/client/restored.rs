@@ -29,6 +29,8 @@ pub struct Answer {
     pub problem: Option<String>,
     /// From the last request to its answer: the clock, if set, is late by less.
     pub round_trip: Duration,
+    /// When the first answer came: since then it is known to run.
+    pub at: Instant,
 }
 
 /// What the guest said to one request.
@@ -61,7 +63,12 @@ impl AgentClient {
                 break;
             }
             match self.restored_once(rand::random(), timeout, left()).await {
-                Ok(better) => answer = better,
+                Ok(better) => {
+                    answer = Answer {
+                        at: answer.at,
+                        ..better
+                    }
+                }
                 // It answered once, so it runs; how well its clock is set is said below.
                 Err(AgentError::Timeout(_) | AgentError::Unavailable(_))
                     if !shared.cancel.is_cancelled() =>
@@ -94,6 +101,7 @@ impl AgentClient {
             (Reply::Done(problem), round_trip) => Ok(Answer {
                 problem,
                 round_trip,
+                at: Instant::now(),
             }),
             (Reply::Unsupported(text), waited) => {
                 let begun = Instant::now();
@@ -102,6 +110,7 @@ impl AgentClient {
                 Ok(Answer {
                     problem: Some(unsupported(shared.endpoint.peer_protocol(), &text)),
                     round_trip: begun.elapsed(),
+                    at: Instant::now(),
                 })
             }
         }

@@ -46,8 +46,6 @@ pub async fn dismantle(instance: &mut Instance) -> Result<(), EngineError> {
         .remove(&instance.id)
         .await
         .map_err(store_error)?;
-    let ledger = instance.record.ledger();
-    instance.ctx.metrics.forgotten(ledger, &crate::now());
     instance.ctx.release_memory(&instance.id);
     instance.reach(KillPoint::DeleteRecordRemoved);
     Ok(())

@@ -33,6 +33,15 @@ pub async fn run(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineE
     outcome
 }
 
+/// Everything that can refuse a boot before it touches a file.
+pub async fn check_host(instance: &Instance) -> Result<(), EngineError> {
+    instance
+        .ctx
+        .reserve_memory(&instance.id, instance.spec.memory_bytes)?;
+    describe(instance).await?;
+    make_tap(instance).await
+}
+
 async fn boot(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineError> {
     instance
         .ctx

@@ -10,7 +10,7 @@
 use std::{path::Path, time::Duration};
 
 use doze_host::files;
-use doze_lifecycle::{Fact, Operation};
+use doze_lifecycle::{Fact, Operation, Stamp};
 use doze_snapshot::manifest::{self, Manifest, MemoryCodec};
 use doze_vmm::{MachineDescription, MachineStatus};
 
@@ -23,6 +23,7 @@ use crate::{
     context::{blocking, io_error},
     instance::{Instance, Live, RUN_DIR, SNAPSHOT, process_ref, vmm_error},
     kill::KillPoint,
+    life_sign, now,
     proof::Proof,
 };
 
@@ -39,7 +40,10 @@ pub async fn run(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineE
     let mut laps = Laps::start("restore");
     if let Err(error) = wake(instance, cancel, &mut laps).await {
         instance.note(&format!("restore failed: {error}"));
-        undo(instance, &error.to_string()).await?;
+        if let Err(undoing) = undo(instance, &error.to_string()).await {
+            // Looked at again before the next command and by the regular check.
+            instance.note(&format!("undoing the restore failed: {undoing}"));
+        }
         return Err(error);
     }
     prove(instance, cancel).await?;
@@ -64,7 +68,8 @@ async fn wake(
     let manifest = verify(instance, &place).await?;
     let description = manifest.machine;
     ctx.reserve_memory(&instance.id, description.memory_bytes)?;
-    // A guest that wakes on a full disk dies as soon as it touches a page that its file has not yet.
+    // On a full disk it would die as soon as it touches a page that its file has not yet. How many it will touch
+    // nobody knows: disk, like memory, is overcommitted, but never begun without room.
     let _room = ctx.reserve_disk(&instance.dir(), ROOM)?;
     let monitor = ctx.monitor(description.hypervisor)?.clone();
     monitor
@@ -102,13 +107,14 @@ async fn wake(
         .map_err(manifest_error)?;
     instance.reach(KillPoint::RestoreConsumed);
     machine.resume().await.map_err(vmm_error)?;
+    let resumed_at = now();
     laps.lap("resumed");
     instance.reach(KillPoint::RestoreResumed);
-    record_resumed(instance).await
+    record_resumed(instance, &resumed_at).await
 }
 
 /// Its CPUs run. Recorded with the process, so that a later server finds it.
-pub async fn record_resumed(instance: &mut Instance) -> Result<(), EngineError> {
+async fn record_resumed(instance: &mut Instance, at: &Stamp) -> Result<(), EngineError> {
     let Some(live) = instance.live.as_mut() else {
         return Err(EngineError::Internal {
             context: "restore".into(),
@@ -120,7 +126,7 @@ pub async fn record_resumed(instance: &mut Instance) -> Result<(), EngineError> 
         process: process_ref(live.machine.process()),
         agent: !instance.spec.skip_guest_agent,
     };
-    instance.commit(fact).await?;
+    instance.commit_at(fact, at).await?;
     instance.reach(KillPoint::RestoreRecorded);
     Ok(())
 }
@@ -140,7 +146,6 @@ async fn prove(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineErr
             answered = tokio::time::timeout(ANSWER_PATIENCE, answered) => {
                 slow = answered.is_err();
             }
-            // Booked by whoever observes the machine.
             _ = ended => {}
             () = cancel.cancelled() => {}
         }
@@ -149,6 +154,7 @@ async fn prove(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineErr
         instance.note("restored, but its agent has not answered yet");
     }
     crate::observe::book_answer(instance).await?;
+    ended_early(instance).await?;
     instance.reach(KillPoint::RestoreAnswered);
     let consumed = manifest::consumed_of(&instance.dir().join(SNAPSHOT));
     // Worthless since the guest ran; what cannot be removed now goes with the next standby or stop.
@@ -156,6 +162,30 @@ async fn prove(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineErr
         instance.note(&format!("removing the consumed snapshot: {error}"));
     }
     Ok(())
+}
+
+/// A machine that died before its guest answered is no restored guest. One that powered off by itself is.
+async fn ended_early(instance: &mut Instance) -> Result<(), EngineError> {
+    let Some(live) = &instance.live else {
+        return Ok(());
+    };
+    let status = *live.status.borrow();
+    match status {
+        MachineStatus::Gone | MachineStatus::Failed => {}
+        MachineStatus::Prelaunch | MachineStatus::Running => return Ok(()),
+        MachineStatus::Paused | MachineStatus::Shutdown => return Ok(()),
+    }
+    crate::observe::power_off(instance, status, None).await?;
+    Err(EngineError::Internal {
+        context: "restore".into(),
+        reason: format!(
+            "the guest ran again, but its machine ended before it answered ({}); its memory is lost, start it from its disk",
+            instance
+                .record
+                .failure()
+                .unwrap_or("see its logs, source vmm")
+        ),
+    })
 }
 
 /// Takes a restore back as far as the guest's CPUs have not run, and otherwise records what became of it.
@@ -188,16 +218,20 @@ pub async fn undo(instance: &mut Instance, reason: &str) -> Result<(), EngineErr
         }
         (false, MachineStatus::Running | MachineStatus::Shutdown | MachineStatus::Failed) => {
             instance.note("the guest runs although the restore did not say so");
-            return record_resumed(instance).await;
+            let at = life_sign::consumed_at(instance).await?;
+            return record_resumed(instance, &at).await;
         }
         (false, MachineStatus::Gone) => {
+            let last_seen = life_sign::consumed_at(instance).await?;
             instance.kill_machine().await?;
             instance.discard_memory().await;
             instance.reach(KillPoint::RestoreUndone);
             let reason = format!(
                 "the guest's memory is lost: its machine ended after the snapshot was consumed ({reason})"
             );
-            return instance.commit(Fact::MemoryLost { reason }).await;
+            return instance
+                .commit(Fact::MemoryLost { reason, last_seen })
+                .await;
         }
     }
     instance.reach(KillPoint::RestoreUndone);

@@ -33,6 +33,8 @@ pub const ROOM: u64 = 16 << 20;
 pub async fn run(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineError> {
     check_sessions(instance)?;
     let _room = instance.ctx.reserve_disk(&instance.dir(), ROOM)?;
+    // A mark that is found while a standby is in flight means that it is committed: an old one must be gone.
+    forget_old(instance).await?;
     instance.commit(Fact::Admitted(Operation::Standby)).await?;
     instance.reach(KillPoint::StandbyAdmitted);
     let mut laps = Laps::start("standby");
@@ -45,7 +47,10 @@ pub async fn run(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineE
         }
         Err(error) => {
             instance.note(&format!("standby given up: {error}"));
-            undo(instance, &error.to_string()).await?;
+            if let Err(undoing) = undo(instance, &error.to_string()).await {
+                // Looked at again before the next command and by the regular check.
+                instance.note(&format!("undoing the standby failed: {undoing}"));
+            }
             Err(error)
         }
     }
@@ -96,19 +101,21 @@ async fn make_snapshot(
     laps.lap("paused");
     instance.reach(KillPoint::StandbyPaused);
     let stage = manifest::stage_of(&place);
+    let mut facts = crate::observe::markers(instance);
+    facts.push((Fact::CpusPaused, paused_at));
     let saving = async {
         let saved = machine.save(&stage).await;
         laps.lap("saved");
         saved
     };
-    let (recorded, saved) = tokio::join!(instance.commit_at(Fact::CpusPaused, &paused_at), saving);
+    let (recorded, saved) = tokio::join!(instance.commit_all(&facts), saving);
     recorded?;
     let saved = saved.map_err(vmm_error)?;
     instance.reach(KillPoint::StandbySaved);
-    still_wanted(cancel)?;
+    still_wanted(instance, cancel)?;
 
     let manifest = describe(version, &description, saved);
-    seal(&place, &description, manifest).await?;
+    seal(&place, &description, manifest, cancel).await?;
     instance.reach(KillPoint::StandbySealed);
     // The last moment to change one's mind.
     check(cancel)?;
@@ -126,7 +133,8 @@ async fn make_snapshot(
 
 /// Between pause and commit: the place to look a second time whether the guest may sleep. A
 /// paused guest simply goes on when it may not.
-fn still_wanted(cancel: &Cancel) -> Result<(), EngineError> {
+fn still_wanted(instance: &Instance, cancel: &Cancel) -> Result<(), EngineError> {
+    check_sessions(instance)?;
     check(cancel)
 }
 
@@ -141,16 +149,22 @@ pub async fn finish(instance: &mut Instance) -> Result<(), EngineError> {
 
 /// Takes back what was done, as long as there is no mark. The guest goes on where it stood.
 pub async fn undo(instance: &mut Instance, reason: &str) -> Result<(), EngineError> {
-    let stage = manifest::stage_of(&instance.dir().join(SNAPSHOT));
-    // First the guest: it must not wait for files to be removed.
+    let place = instance.dir().join(SNAPSHOT);
+    let stage = manifest::stage_of(&place);
+    // Whoever finds the mark finishes the standby, so a guest never runs beside it.
+    unmark(&place).await?;
+    // Then the guest: it must not wait for files to be removed.
     let resumed = resume(instance).await;
     blocking("removing a half-made snapshot", move || {
         files::remove_tree(&stage)
     })
     .await?
     .map_err(io_error("removing a half-made snapshot"))?;
-    let Some(resumed_at) = resumed? else {
-        return Ok(());
+    let resumed_at = match resumed? {
+        Some(at) => at,
+        // The record was told of a commit whose mark is not there.
+        None if instance.record.has_snapshot() => now(),
+        None => return Ok(()),
     };
     instance.reach(KillPoint::StandbyResumed);
     if instance.record.operation() == Some(Operation::Standby) {
@@ -180,11 +194,17 @@ async fn resume(instance: &Instance) -> Result<Option<Stamp>, EngineError> {
 async fn prepare_stage(place: &Path) -> Result<(), EngineError> {
     let place = place.to_owned();
     blocking("making room for a snapshot", move || {
-        manifest::remove(&place).map_err(manifest_error)?;
         files::create_private_dir(&manifest::stage_of(&place))
             .map_err(io_error("making the snapshot's folder"))
     })
     .await?
+}
+
+async fn forget_old(instance: &Instance) -> Result<(), EngineError> {
+    let place = instance.dir().join(SNAPSHOT);
+    blocking("removing an old snapshot", move || manifest::remove(&place))
+        .await?
+        .map_err(manifest_error)
 }
 
 /// Writes back what can be written while the guest runs, so that little is left to do while it does not.
@@ -239,6 +259,7 @@ async fn seal(
     place: &Path,
     description: &MachineDescription,
     manifest: Manifest<MachineDescription>,
+    cancel: &Cancel,
 ) -> Result<(), EngineError> {
     let (memory, disks) = (description.memory.clone(), writable(description));
     let place = place.to_owned();
@@ -249,8 +270,16 @@ async fn seal(
     let files = blocking("writing the snapshot's manifest", move || {
         manifest::seal(&place, &manifest)
     });
+    let memory = async {
+        tokio::select! {
+            written = memory => written?.map_err(|e| disk_error("writing memory", &e)),
+            // The disk may take its time, and a guest that is wanted back must not wait for it.
+            () = cancel.cancelled() => check(cancel),
+        }
+    };
+    // Who writes into the stage folder is waited for: it is removed next when this fails.
     let (memory, files) = tokio::join!(memory, files);
-    memory?.map_err(|e| disk_error("writing memory", &e))?;
+    memory?;
     files?.map_err(manifest_error)
 }
 
@@ -287,9 +316,9 @@ fn disk_error(context: &str, error: &std::io::Error) -> EngineError {
         std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
             EngineError::Capacity {
                 resource: "disk",
-                wanted: "what the guest's memory needs".into(),
-                available: "none".into(),
-                limit: format!("{context}: {error}"),
+                wanted: format!("room for {context}"),
+                available: "none is left".into(),
+                limit: error.to_string(),
             }
         }
         _ => EngineError::Internal {
@@ -314,9 +343,7 @@ pub fn manifest_error(error: manifest::ManifestError) -> EngineError {
 
 /// What is left of a standby that a crash interrupted: `true` when it was committed.
 pub async fn is_marked(instance: &Instance) -> Result<bool, EngineError> {
-    if instance.record.has_snapshot() {
-        return Ok(true);
-    }
+    // The disk alone knows: a record may have been told of a commit that was taken back.
     let place = instance.dir().join(SNAPSHOT);
     blocking("looking for a snapshot", move || manifest::exists(&place))
         .await?
@@ -324,7 +351,8 @@ pub async fn is_marked(instance: &Instance) -> Result<bool, EngineError> {
 }
 
 /// Finishes a standby whose mark is there although the record does not say so yet.
-pub async fn complete(instance: &mut Instance) -> Result<(), EngineError> {
+pub async fn complete(instance: &mut Instance, status: MachineStatus) -> Result<(), EngineError> {
+    let last_seen = crate::life_sign::last_seen(instance).await?;
     match instance.record.state() {
         State::Initializing | State::Running => instance.commit(Fact::CpusPaused).await?,
         State::Paused => {}
@@ -332,6 +360,14 @@ pub async fn complete(instance: &mut Instance) -> Result<(), EngineError> {
     }
     if !instance.record.has_snapshot() {
         instance.commit(Fact::SnapshotCommitted).await?;
+    }
+    if status == MachineStatus::Gone {
+        instance.kill_machine().await?;
+        let fact = Fact::MachineFoundGone {
+            failure: None,
+            last_seen,
+        };
+        return instance.commit(fact).await;
     }
     finish(instance).await
 }

@@ -21,6 +21,17 @@ pub async fn run(
     }
     instance.reach(KillPoint::StartAdmitted);
     if instance.record.state() == State::Standby {
+        // Whatever would refuse the boot must do so before the memory is given up.
+        if let Err(error) = launch::check_host(instance)
+            .await
+            .and_then(|()| check(cancel))
+        {
+            instance.ctx.release_memory(&instance.id);
+            instance.spec = before;
+            let reason = error.to_string();
+            instance.commit(Fact::OperationFailed { reason }).await?;
+            return Err(error);
+        }
         instance.note("its memory is given up for a boot from its disk");
         instance.commit(Fact::MemoryDiscarded).await?;
         instance.reach(KillPoint::StartMemoryDiscarded);

@@ -279,7 +279,7 @@ pub fn usable(lab: &Lab, ledgers: &mut Ledgers, scenario: &Scenario, stake: &Sta
         let view = settled(&engine, &world, NAME).await;
         let id = view.map(|view| view.id.clone()).unwrap_or_default();
         let before = world.counter(&id);
-        engine.standby(NAME).await?;
+        engine.standby(NAME, false).await?;
         engine.restore(NAME).await?;
         let after = world.counter(&id);
         Ok::<_, EngineError>(

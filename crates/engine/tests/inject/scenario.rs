@@ -203,7 +203,7 @@ impl Scenario {
             match self.from {
                 Begin::Nothing | Begin::Running => Some(3),
                 Begin::Standby => {
-                    engine.standby(NAME).await.unwrap();
+                    engine.standby(NAME, false).await.unwrap();
                     Some(3)
                 }
                 Begin::Stopped => {
@@ -304,7 +304,7 @@ pub async fn command(engine: Engine, world: World, op: Op) -> Answer {
             .start(NAME, StartOverrides::default(), true)
             .await
             .map(drop),
-        Op::Standby => engine.standby(NAME).await.map(drop),
+        Op::Standby => engine.standby(NAME, false).await.map(drop),
         Op::Restore => engine.restore(NAME).await.map(drop),
         Op::Stop => engine.stop(NAME).await.map(drop),
         Op::Delete => engine.delete(NAME, true).await,
