@@ -19,7 +19,7 @@ demo: ## Boot an image, look around, stop, start, delete; needs root or sudo
 test: ## Everything: lint, unit, property, end-to-end and SDK tests
 	@scripts/test.sh
 
-campaign: ## The kill -9 and property tests for ROUNDS rounds instead of one
+campaign: ## All kill -9, power loss, fault and property tests for ROUNDS rounds
 	@scripts/setup.sh
 	@$(MAKE) --no-print-directory build
 	@scripts/campaign.sh $(ROUNDS)

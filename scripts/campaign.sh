@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
-# What finds rare things by repetition: the kill -9 cases on real machines, and the property tests with
-# more cases than a test run affords. The first failure ends it, with everything it printed.
+# What finds rare things by repetition: the kill -9, power loss and fault cases on real machines, all of
+# them where a test run takes a sample, and the property tests with more cases than a test run affords.
+# Each round has a seed of its own, printed, which decides every random moment. The first failure ends it,
+# with everything it printed.
 #
-#   campaign.sh [ROUNDS]
+#   campaign.sh [ROUNDS]        DOZE_E2E_SEED=N: seed of the first round; the next has N + 1
 # shellcheck source=scripts/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 cd "$ROOT"
 rounds=${1:-20}
 [[ $rounds =~ ^[1-9][0-9]*$ ]] || die "ROUNDS is '$rounds'; it must be a number from 1 on"
+first=${DOZE_E2E_SEED:-$RANDOM$RANDOM}
+[[ $first =~ ^[0-9]+$ ]] || die "DOZE_E2E_SEED is '$first'; it must be a number"
 
 say "property tests, $((rounds * 256)) cases each"
 PROPTEST_CASES=$((rounds * 256)) cargo test --quiet --locked \
@@ -16,7 +20,9 @@ PROPTEST_CASES=$((rounds * 256)) cargo test --quiet --locked \
 cargo test --quiet --locked -p doze-e2e --no-run
 runner=$(end_to_end_runner)
 for ((round = 1; round <= rounds; round++)); do
-    say "kill -9, round $round of $rounds"
-    as_root env DOZE_BIN="$TARGET/release/doze" "$runner" crash
+    seed=$((first + round - 1))
+    say "kill -9, power loss and faults, round $round of $rounds, seed $seed"
+    as_root env DOZE_BIN="$TARGET/release/doze" DOZE_E2E_CAMPAIGN=1 DOZE_E2E_SEED="$seed" \
+        "$runner" kill9 crash faults:: power-loss full-disk
 done
 say "$rounds rounds passed"

@@ -15,6 +15,7 @@ PROGRAMS="
 qemu-system-x86_64:qemu-system-x86
 mkfs.erofs:erofs-utils
 mke2fs:e2fsprogs
+xfs_io:xfsprogs
 nft:nftables
 ip:iproute2
 conntrack:conntrack

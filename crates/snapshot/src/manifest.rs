@@ -103,6 +103,15 @@ impl ManifestError {
         move |source| Self::Io { step, path, source }
     }
 
+    /// A file that is not there makes the snapshot invalid; anything else is the host's trouble.
+    fn unreadable(step: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self + use<> {
+        let path = path.to_owned();
+        move |source| match source.kind() {
+            io::ErrorKind::NotFound => Self::invalid(&path, "it is missing"),
+            _ => Self::Io { step, path, source },
+        }
+    }
+
     fn invalid(path: &Path, reason: impl Into<String>) -> Self {
         Self::Invalid {
             path: path.to_owned(),
@@ -251,7 +260,7 @@ fn check_file(place: &Path, entry: &FileEntry) -> Result<(), ManifestError> {
         ));
     }
     let size = fs::symlink_metadata(&path)
-        .map_err(ManifestError::io("inspect", &path))?
+        .map_err(ManifestError::unreadable("inspect", &path))?
         .len();
     if size != entry.size {
         return Err(ManifestError::invalid(
@@ -273,7 +282,7 @@ fn check_file(place: &Path, entry: &FileEntry) -> Result<(), ManifestError> {
 }
 
 fn read_capped(path: &Path, cap: u64) -> Result<Vec<u8>, ManifestError> {
-    let file = File::open(path).map_err(ManifestError::io("open", path))?;
+    let file = File::open(path).map_err(ManifestError::unreadable("open", path))?;
     let mut content = Vec::new();
     file.take(cap + 1)
         .read_to_end(&mut content)
@@ -377,8 +386,9 @@ mod tests {
             let (place, _) = sealed(dir.path());
             publish(&place).unwrap();
             damage(&place);
-            let error = read::<String>(&place).unwrap_err().to_string();
-            assert!(error.contains(name), "{error}");
+            let error = read::<String>(&place).unwrap_err();
+            assert!(matches!(error, ManifestError::Invalid { .. }), "{error}");
+            assert!(error.to_string().contains(name), "{error}");
             assert!(exists(&place).unwrap());
         }
     }

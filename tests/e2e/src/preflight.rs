@@ -86,6 +86,8 @@ impl Tools {
             ("conntrack", "conntrack"),
             ("mkfs.erofs", "erofs-utils"),
             ("mke2fs", "e2fsprogs"),
+            ("mkfs.xfs", "xfsprogs"),
+            ("xfs_io", "xfsprogs"),
             ("ip", "iproute2"),
             ("node", "nodejs"),
             ("qemu-system-x86_64", "qemu-system-x86"),

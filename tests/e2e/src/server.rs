@@ -104,6 +104,18 @@ impl Server {
         })
     }
 
+    /// Names another QEMU in the configuration; the next start uses it.
+    pub fn use_qemu(&self, qemu: &Path) -> Result<()> {
+        let text = fs::read_to_string(&self.config)?;
+        let lines = text
+            .lines()
+            .map(|line| match line.starts_with("qemu_path") {
+                true => format!("qemu_path = {qemu:?}\n"),
+                false => format!("{line}\n"),
+            });
+        fs::write(&self.config, lines.collect::<String>()).context("configuration")
+    }
+
     /// The guests' gateway.
     pub fn gateway(&self) -> String {
         format!("{}.1", self.subnet)

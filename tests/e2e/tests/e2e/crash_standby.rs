@@ -46,8 +46,8 @@ enum Outcome {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Scenario {
-    point: &'static str,
+pub struct Scenario {
+    pub point: &'static str,
     way: Way,
     /// The VMM is killed after the server: a power cut that the disk survives.
     with_vmm: bool,
@@ -117,6 +117,7 @@ pub fn covers(point: &str) -> bool {
     POINTS.iter().any(|(known, ..)| *known == point)
 }
 
+/// The server's death alone, once per point.
 fn base() -> Vec<Scenario> {
     let scenario =
         |(point, way, outcome, _): &(&'static str, Way, Outcome, Option<Outcome>)| Scenario {
@@ -128,7 +129,8 @@ fn base() -> Vec<Scenario> {
     POINTS.iter().map(scenario).collect()
 }
 
-fn more() -> Vec<Scenario> {
+/// The death of server and VMM, once per point where that is something else.
+pub fn with_vmm() -> Vec<Scenario> {
     let with_vmm = POINTS.iter().filter_map(|(point, way, _, outcome)| {
         outcome.map(|outcome| Scenario {
             point,
@@ -137,13 +139,18 @@ fn more() -> Vec<Scenario> {
             outcome,
         })
     });
+    with_vmm.collect()
+}
+
+/// All but what [`base`] has.
+fn more() -> Vec<Scenario> {
     let others = MORE.iter().map(|(point, way, outcome)| Scenario {
         point,
         way: *way,
         with_vmm: false,
         outcome: *outcome,
     });
-    with_vmm.chain(others).collect()
+    with_vmm().into_iter().chain(others).collect()
 }
 
 /// One group per board.
@@ -242,6 +249,18 @@ pub async fn act(
 }
 
 async fn crash(world: &World, scenario: Scenario) -> Result<()> {
+    let (id, witness) = die(world, scenario).await?;
+    if scenario.with_vmm {
+        kill_vmms(world).await?;
+    }
+    if let Way::Recovery(_) = scenario.way {
+        die_in_recovery(world, scenario.point).await?;
+    }
+    come_back(world, scenario, &id, &witness).await
+}
+
+/// Plants a witness in the sleeper's memory and lets the server die at the scenario's (first) point.
+pub async fn die(world: &World, scenario: Scenario) -> Result<(String, Witness)> {
     let api = world.api().await?;
     let id = sleeper(world).await?;
     let witness = Witness::plant(api, &id).await?;
@@ -255,23 +274,36 @@ async fn crash(world: &World, scenario: Scenario) -> Result<()> {
     world.server.stop().await?;
     world.server.start_with(&[("DOZE_KILL_AT", first)]).await?;
     provoke(world, api, &id, way, first).await?;
-    if scenario.with_vmm {
-        kill_vmms(world, &id).await?;
-    }
-    if let Way::Recovery(_) = scenario.way {
-        die_in_recovery(world, scenario.point).await?;
-    }
-    world.server.start().await?;
-    settle(api, &id).await?;
-    find(world, api, &id, &witness, scenario.outcome).await?;
+    Ok((id, witness))
+}
 
-    // The instance is not only there: all of it works once more.
-    let again = Witness::plant(api, &id).await?;
-    act(api, &id, "standby", None).await?;
-    act(api, &id, "restore", None).await?;
-    again.survived(api, &id).await?;
-    checks::agree(api, &world.server).await?;
-    Ok(())
+/// Starts the server and looks for the scenario's outcome; then everything must work once more.
+pub async fn come_back(
+    world: &World,
+    scenario: Scenario,
+    id: &str,
+    witness: &Witness,
+) -> Result<()> {
+    world.server.start().await?;
+    let api = world.api().await?;
+    settle(api, id).await?;
+    let (state, reason) = match scenario.outcome {
+        Outcome::Runs => ("Running", ""),
+        Outcome::Sleeps => ("Standby", ""),
+        Outcome::Stopped(reason) => ("Stopped", reason),
+    };
+    found(world, id, witness, state, reason).await?;
+    cycle(world, id).await
+}
+
+/// Once to sleep and awake, with all there is to check.
+pub async fn cycle(world: &World, id: &str) -> Result<()> {
+    let api = world.api().await?;
+    let witness = Witness::plant(api, id).await?;
+    act(api, id, "standby", None).await?;
+    act(api, id, "restore", None).await?;
+    witness.survived(api, id).await?;
+    checks::agree(api, &world.server).await.map(drop)
 }
 
 fn way_to(point: &str) -> Result<Way> {
@@ -352,15 +384,16 @@ async fn die_in_recovery(world: &World, point: &str) -> Result<()> {
     Ok(())
 }
 
-/// What the restarted server says and has must be this.
+/// The instance must be in this state, for a reason that has this word, and leave it as that state promises;
+/// it is Running afterwards.
 pub async fn found(
     world: &World,
-    api: &Api,
     id: &str,
     witness: &Witness,
     outcome: &str,
     reason: &str,
 ) -> Result<()> {
+    let api = world.api().await?;
     let instances = checks::agree(api, &world.server).await?;
     let instance = instances
         .iter()
@@ -390,20 +423,6 @@ pub async fn found(
     }
 }
 
-async fn find(
-    world: &World,
-    api: &Api,
-    id: &str,
-    witness: &Witness,
-    outcome: Outcome,
-) -> Result<()> {
-    match outcome {
-        Outcome::Runs => found(world, api, id, witness, "Running", "").await,
-        Outcome::Sleeps => found(world, api, id, witness, "Standby", "").await,
-        Outcome::Stopped(reason) => found(world, api, id, witness, "Stopped", reason).await,
-    }
-}
-
 /// A restarted server may still ask a restored guest for its answer.
 pub async fn settle(api: &Api, id: &str) -> Result<()> {
     for _ in 0..150 {
@@ -423,20 +442,15 @@ pub fn instance_dir(world: &World, id: &str) -> std::path::PathBuf {
     world.server.data_dir.join("instances").join(id)
 }
 
-/// SIGKILL for every VMM of the instance; returns when they are gone.
-pub async fn kill_vmms(world: &World, id: &str) -> Result<()> {
-    let own = || -> Result<Vec<i32>> {
-        let vmms = procs::vmms(&world.server.data_dir)?;
-        Ok(vmms
-            .into_iter()
-            .filter(|v| v.instance == id)
-            .map(|v| v.pid)
-            .collect())
-    };
-    for pid in own()? {
-        procs::kill(pid)?;
+/// SIGKILL for every VMM; returns when they are gone.
+pub async fn kill_vmms(world: &World) -> Result<()> {
+    for vmm in procs::vmms(&world.server.data_dir)? {
+        procs::kill(vmm.pid)?;
     }
-    wait_until("the VMMs are gone", 10, || Ok(own()?.is_empty())).await
+    wait_until("the VMMs are gone", 10, || {
+        Ok(procs::vmms(&world.server.data_dir)?.is_empty())
+    })
+    .await
 }
 
 /// The pid of the one VMM that the instance must have.

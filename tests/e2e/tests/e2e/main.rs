@@ -26,6 +26,7 @@ mod network;
 mod restart;
 mod sdk;
 mod standby;
+mod standby_faults;
 mod stateful;
 
 fn main() -> ExitCode {
@@ -58,7 +59,9 @@ fn groups(points: &[String]) -> Result<Vec<Group>> {
     let mut groups = Vec::new();
     // The longest groups first, so that the two workers end at about the same time.
     groups.extend(crash::groups(points)?);
-    groups.extend(crash_standby::groups(points, &Sample::from_env()?)?);
+    let sample = Sample::from_env()?;
+    groups.extend(crash_standby::groups(points, &sample)?);
+    groups.extend(standby_faults::groups(&sample));
     for hypervisor in ["qemu", "qemu-microvm"] {
         groups.push(on(hypervisor, "", shared_cases()));
         groups.push(on(hypervisor, "-restart", restart::cases()));

@@ -99,9 +99,11 @@ async fn sleeping(api: &Api, id: &str) -> Result<()> {
         json!({"compression": {"enabled": false}}),
         json!({"compression_delay": "30s"}),
     ] {
-        api.post(&path("standby"), options)
-            .await?
-            .refused(409, "invalid_state", &["Standby", "options"])?;
+        api.post(&path("standby"), options).await?.refused(
+            409,
+            "invalid_state",
+            &["Standby", "options"],
+        )?;
     }
     bad_bodies(api, id).await?;
     api.post_empty(&path("stop")).await?.refused(

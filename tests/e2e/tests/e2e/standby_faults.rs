@@ -1,0 +1,636 @@
+//! What can go wrong with a guest that falls asleep, sleeps or wakes: files altered or missing, another
+//! QEMU, a full disk, power loss, a VMM that dies or hangs. A committed snapshot is never lost, a broken
+//! one never offered, and whatever is refused says why.
+use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, time::Duration};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use doze_e2e::{
+    Case, Group, Reply, Sample, Witness, World, checks,
+    disk::{Disk, Kind},
+    exec, procs,
+    sample::Random,
+    world::WorldOptions,
+};
+use serde_json::Value;
+
+use crate::crash_standby::{
+    self, Scenario, act, cycle, found, instance_dir, kill_vmms, only_vmm, settle, sleeper,
+    wait_until,
+};
+
+const BOARDS: [&str; 2] = ["qemu-microvm", "qemu"];
+/// Holds the boot files, images, and the memory of one small guest.
+const DISK: u64 = 512 << 20;
+/// Less than the server wants to see before it begins a standby, and enough for a guest to go on.
+const TOO_LITTLE: u64 = 8 << 20;
+
+/// The same on both boards; power loss in a test run on the one that the seed chooses.
+pub fn groups(sample: &Sample) -> Vec<Group> {
+    let mut random = sample.random("faults");
+    let chosen = BOARDS[random.below(BOARDS.len())];
+    let mut groups = Vec::new();
+    for board in BOARDS {
+        groups.push(group(board, "faults", faults(sample)));
+        if sample.campaign || board == chosen {
+            groups.push(group(board, "power-loss", power_loss(sample, board)));
+        }
+        if sample.campaign || board != chosen {
+            let cases = doze_e2e::cases![
+                disk_full_at_standby,
+                full_disk_costs_the_guest_not_the_server
+            ];
+            groups.push(group(board, "full-disk", cases));
+        }
+    }
+    groups
+}
+
+fn group(board: &str, name: &str, cases: Vec<Case>) -> Group {
+    Group {
+        name: format!("{board}-{name}"),
+        options: WorldOptions {
+            hypervisor: board.to_owned(),
+            ..WorldOptions::default()
+        },
+        cases,
+    }
+}
+
+fn faults(sample: &Sample) -> Vec<Case> {
+    let mut cases = doze_e2e::cases![
+        altered_files_are_refused,
+        another_qemu,
+        vmm_dies_during_standby,
+        vmm_ends_at_restore,
+    ];
+    let (random, rounds) = (sample.random("kill"), if sample.campaign { 20 } else { 2 });
+    cases.push(Case::new(
+        "vmm_is_killed_during_restore",
+        move |world: &World| Box::pin(vmm_is_killed_during_restore(world, random.clone(), rounds)),
+    ));
+    if sample.campaign {
+        // Waits for deadlines of half a minute.
+        cases.push(
+            Case::new("vmm_hangs_during_standby", |world| {
+                Box::pin(vmm_hangs_during_standby(world))
+            })
+            .deadline(Duration::from_secs(400)),
+        );
+    }
+    cases
+}
+
+fn power_loss(sample: &Sample, board: &str) -> Vec<Case> {
+    let mut random = sample.random("power loss");
+    let mut cases = doze_e2e::cases![power_loss_after_standby];
+    let all = crash_standby::with_vmm();
+    let count = if sample.campaign { all.len() } else { 3 };
+    for scenario in random.choose(all, count) {
+        cases.push(Case::new(
+            format!("power_loss_at.{}", scenario.point),
+            move |world: &World| Box::pin(power_loss_at(world, scenario)),
+        ));
+    }
+    let rounds = if sample.campaign { 20 } else { 2 };
+    let random = sample.random(board);
+    cases.push(
+        Case::new("power_loss_at_any_moment", move |world: &World| {
+            Box::pin(power_loss_at_any_moment(world, random.clone(), rounds))
+        })
+        .deadline(Duration::from_secs(600)),
+    );
+    cases
+}
+
+/// A restore that must be refused as a conflict and say all of these words, also in the instance's
+/// `failure`, and leave the snapshot and its instance as they were.
+async fn refused(world: &World, id: &str, words: &[&str]) -> Result<()> {
+    let api = world.api().await?;
+    let before = snapshot_files(world, id)?;
+    let reply = api.post_empty(&format!("/instances/{id}/restore")).await?;
+    reply.refused(409, "conflict", words)?;
+    let instance = api.instance(id).await?;
+    ensure!(instance["state"] == "Standby", "{instance}");
+    let failure = instance["failure"].as_str().unwrap_or_default();
+    for word in words {
+        ensure!(
+            failure.contains(word),
+            "failure does not say {word:?}: {instance}"
+        );
+    }
+    ensure!(
+        snapshot_files(world, id)? == before,
+        "a refused restore changed the snapshot"
+    );
+    checks::agree(api, &world.server).await.map(drop)
+}
+
+/// Every file of the snapshot's folder with its content.
+fn snapshot_files(world: &World, id: &str) -> Result<Vec<(String, Vec<u8>)>> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(instance_dir(world, id).join("snapshot"))? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        files.push((name, fs::read(entry.path())?));
+    }
+    files.sort();
+    Ok(files)
+}
+
+async fn altered_files_are_refused(world: &World) -> Result<()> {
+    let api = world.api().await?;
+    let id = sleeper(world).await?;
+    let witness = Witness::plant(api, &id).await?;
+    act(api, &id, "standby", None).await?;
+    let dir = instance_dir(world, &id);
+
+    type Damage = fn(&mut Vec<u8>);
+    let damages: [(&str, Damage); 6] = [
+        ("snapshot/state", |content| {
+            content.truncate(content.len() / 2)
+        }),
+        ("snapshot/state", |content| flip(content)),
+        ("snapshot/state", Vec::clear),
+        ("snapshot/manifest.json", |content| flip(content)),
+        ("snapshot/manifest.json", |content| {
+            content.truncate(content.len() / 2);
+        }),
+        ("snapshot/manifest.json", Vec::clear),
+    ];
+    for (name, damage) in damages {
+        let path = dir.join(name);
+        let good = fs::read(&path)?;
+        let mut bad = good.clone();
+        damage(&mut bad);
+        fs::write(&path, &bad)?;
+        refused(world, &id, &[&path.to_string_lossy()])
+            .await
+            .with_context(|| format!("{name}, {} of {} bytes", bad.len(), good.len()))?;
+        fs::write(&path, &good)?;
+    }
+    for name in ["snapshot/state", "snapshot/manifest.json", "memory"] {
+        let (path, away) = (dir.join(name), dir.join("away"));
+        fs::rename(&path, &away)?;
+        let outcome = refused(world, &id, &[&path.to_string_lossy()]).await;
+        fs::rename(&away, &path)?;
+        outcome.with_context(|| format!("{name} is missing"))?;
+    }
+    // Longer only: what a shorter one loses could not be put back.
+    let memory = fs::OpenOptions::new()
+        .write(true)
+        .open(dir.join("memory"))?;
+    let size = memory.metadata()?.len();
+    memory.set_len(size + 4096)?;
+    let (found, wanted) = ((size + 4096).to_string(), size.to_string());
+    let path = dir.join("memory");
+    refused(world, &id, &[&path.to_string_lossy(), &found, &wanted]).await?;
+    memory.set_len(size)?;
+
+    act(api, &id, "restore", None).await?;
+    witness.survived(api, &id).await?;
+    let instance = api.instance(&id).await?;
+    ensure!(
+        instance["failure"].is_null(),
+        "a failure that is over: {instance}"
+    );
+    cycle(world, &id).await
+}
+
+fn flip(content: &mut [u8]) {
+    let middle = content.len() / 2;
+    if let Some(byte) = content.get_mut(middle) {
+        *byte ^= 1;
+    }
+}
+
+/// The real QEMU behind a script that can lie about its version and fail at a restore.
+struct Wrapper<'a> {
+    world: &'a World,
+}
+
+impl<'a> Wrapper<'a> {
+    /// Restarts the server with it.
+    async fn install(world: &'a World) -> Result<Self> {
+        let path = world.server.dir.join("qemu");
+        let (dir, qemu) = (world.server.dir.display(), world.tools.qemu.display());
+        let script = format!(
+            "#!/bin/sh\n\
+             case \"$*\" in\n\
+             *--version*) if test -e '{dir}/version'; then\n\
+             echo \"QEMU emulator version $(cat '{dir}/version')\"; exit 0; fi;;\n\
+             *-incoming*) if test -e '{dir}/fail'; then echo 'failing as asked' >&2; exit 3; fi;;\n\
+             esac\n\
+             exec '{qemu}' \"$@\"\n"
+        );
+        fs::write(&path, script)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+        world.server.stop().await?;
+        world.server.use_qemu(&path)?;
+        world.server.start().await?;
+        Ok(Self { world })
+    }
+
+    /// From here on it says that it is this version; `None`: what it is.
+    async fn claim(&self, version: Option<&str>) -> Result<()> {
+        let server = &self.world.server;
+        server.stop().await?;
+        set(&server.dir.join("version"), version)?;
+        server.start().await
+    }
+
+    fn fail(&self, yes: bool) -> Result<()> {
+        set(&self.world.server.dir.join("fail"), yes.then_some(""))
+    }
+
+    /// Restarts the server without it.
+    async fn remove(self) -> Result<()> {
+        let server = &self.world.server;
+        self.fail(false)?;
+        set(&server.dir.join("version"), None)?;
+        server.stop().await?;
+        server.use_qemu(&self.world.tools.qemu)?;
+        server.start().await
+    }
+}
+
+fn set(path: &Path, content: Option<&str>) -> Result<()> {
+    match content {
+        Some(content) => fs::write(path, content)?,
+        None if path.exists() => fs::remove_file(path)?,
+        None => {}
+    }
+    Ok(())
+}
+
+/// The version in the manifest of a sleeping instance.
+fn saved_by(world: &World, id: &str) -> Result<String> {
+    let path = instance_dir(world, id).join("snapshot/manifest.json");
+    let text = fs::read_to_string(&path)?;
+    let (_, body) = text.split_once('\n').context("manifest without header")?;
+    let manifest: Value = serde_json::from_str(body)?;
+    let version = manifest["monitor_version"].as_str();
+    version.map(str::to_owned).context("monitor_version")
+}
+
+async fn another_qemu(world: &World) -> Result<()> {
+    const NEWER: &str = "99.1.0";
+    let id = sleeper(world).await?;
+    let wrapper = Wrapper::install(world).await?;
+    let outcome = versions(world, &wrapper, &id, NEWER).await;
+    wrapper.remove().await?;
+    outcome?;
+    cycle(world, &sleeper(world).await?).await
+}
+
+async fn versions(world: &World, wrapper: &Wrapper<'_>, id: &str, newer: &str) -> Result<()> {
+    let api = world.api().await?;
+    let witness = Witness::plant(api, id).await?;
+    act(api, id, "standby", None).await?;
+    let real = saved_by(world, id)?;
+    wrapper.claim(Some(newer)).await?;
+    if world.hypervisor == "qemu-microvm" {
+        refused(world, id, &[newer, &real]).await?;
+        // An older one is another one, too.
+        wrapper.claim(Some("7.2.0")).await?;
+        refused(world, id, &["7.2.0", &real]).await?;
+        wrapper.claim(None).await?;
+        act(api, id, "restore", None).await?;
+        return witness.survived(api, id).await;
+    }
+    act(api, id, "restore", None)
+        .await
+        .context("a newer QEMU loads what an older one saved")?;
+    witness.survived(api, id).await?;
+    wrapper.claim(Some("7.2.0")).await?;
+    // Booted by what says that it is the newer one, so that the snapshot is that one's.
+    wrapper.claim(Some(newer)).await?;
+    act(api, id, "stop", None).await?;
+    act(api, id, "start", None).await?;
+    api.wait(id, "Running", 90).await?;
+    let witness = Witness::plant(api, id).await?;
+    act(api, id, "standby", None).await?;
+    wrapper.claim(None).await?;
+    let saved = saved_by(world, id)?;
+    ensure!(saved == newer, "saved by {saved}, not {newer}");
+    refused(world, id, &[newer, &real]).await?;
+    wrapper.claim(Some(newer)).await?;
+    act(api, id, "restore", None).await?;
+    witness.survived(api, id).await
+}
+
+/// Held still before its CPUs are to stop, then killed.
+async fn vmm_dies_during_standby(world: &World) -> Result<()> {
+    let api = world.api().await?;
+    let id = sleeper(world).await?;
+    let witness = Witness::plant(api, &id).await?;
+    let pid = only_vmm(world, &id)?;
+    let _held = procs::Held::new(pid)?;
+    let stage = instance_dir(world, &id).join("snapshot.stage");
+    let kill = async {
+        wait_until("the standby has begun", 30, || Ok(stage.exists())).await?;
+        procs::kill(pid)
+    };
+    let path = format!("/instances/{id}/standby");
+    let (reply, killed) = tokio::join!(api.post_empty(&path), kill);
+    killed?;
+    failed(&reply?)?;
+    api.wait(&id, "Stopped", 30).await?;
+    found(world, &id, &witness, "Stopped", "monitor").await?;
+    cycle(world, &id).await
+}
+
+/// An error, with a reason.
+fn failed(reply: &Reply) -> Result<()> {
+    ensure!(
+        reply.status >= 400
+            && reply.body["message"]
+                .as_str()
+                .is_some_and(|m| !m.is_empty()),
+        "{}: {} {}",
+        reply.request,
+        reply.status,
+        reply.text
+    );
+    Ok(())
+}
+
+async fn vmm_ends_at_restore(world: &World) -> Result<()> {
+    let api = world.api().await?;
+    let id = sleeper(world).await?;
+    let witness = Witness::plant(api, &id).await?;
+    act(api, &id, "standby", None).await?;
+    let wrapper = Wrapper::install(world).await?;
+    wrapper.fail(true)?;
+    let outcome = async {
+        let before = snapshot_files(world, &id)?;
+        for _ in 0..2 {
+            let reply = api.post_empty(&format!("/instances/{id}/restore")).await?;
+            failed(&reply)?;
+            let instance = api.instance(&id).await?;
+            ensure!(
+                instance["state"] == "Standby" && instance["failure"].is_string(),
+                "{instance}"
+            );
+            checks::agree(api, &world.server).await?;
+        }
+        ensure!(snapshot_files(world, &id)? == before);
+        wrapper.fail(false)?;
+        act(api, &id, "restore", None).await?;
+        witness.survived(api, &id).await
+    };
+    let outcome = outcome.await;
+    wrapper.remove().await?;
+    outcome?;
+    cycle(world, &id).await
+}
+
+/// SIGKILL some milliseconds after the VMM appeared: before the guest's first instruction nothing is
+/// lost, after it the instance is Stopped and says so.
+async fn vmm_is_killed_during_restore(
+    world: &World,
+    mut random: Random,
+    rounds: usize,
+) -> Result<()> {
+    let api = world.api().await?;
+    let mut outcomes = Vec::new();
+    for round in 0..rounds {
+        let id = sleeper(world).await?;
+        let witness = Witness::plant(api, &id).await?;
+        act(api, &id, "standby", None).await?;
+        let delay = random.below(300);
+        let kill = async {
+            wait_until("a VMM appeared", 30, || {
+                Ok(!procs::vmms(&world.server.data_dir)?.is_empty())
+            })
+            .await?;
+            tokio::time::sleep(Duration::from_millis(delay as u64)).await;
+            kill_vmms(world).await
+        };
+        let path = format!("/instances/{id}/restore");
+        let (reply, killed) = tokio::join!(api.post_empty(&path), kill);
+        killed?;
+        let reply = reply?;
+        let outcome = after_death(world, &id, &witness, &reply)
+            .await
+            .with_context(|| {
+                format!(
+                    "round {round}, killed after {delay} ms: {} {}",
+                    reply.status, reply.text
+                )
+            })?;
+        outcomes.push(format!("{delay} ms {outcome}"));
+    }
+    println!("killed during restore: {}", outcomes.join(", "));
+    Ok(())
+}
+
+async fn after_death(world: &World, id: &str, witness: &Witness, reply: &Reply) -> Result<String> {
+    let api = world.api().await?;
+    // The VMM is dead: whatever state it was in, it does not stay in one that has a VMM.
+    let mut state = String::new();
+    for _ in 0..300 {
+        state = api.instance(id).await?["state"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned();
+        if matches!(state.as_str(), "Standby" | "Stopped") {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    match state.as_str() {
+        "Standby" => failed(reply)?,
+        "Stopped" => {}
+        other => bail!("{other}, and its VMM is dead"),
+    }
+    found(world, id, witness, &state, "").await?;
+    Ok(state)
+}
+
+/// A VMM that answers nothing: the standby gives up, and the guest goes on once it can.
+async fn vmm_hangs_during_standby(world: &World) -> Result<()> {
+    let api = world.api().await?;
+    let id = sleeper(world).await?;
+    let witness = Witness::plant(api, &id).await?;
+    let held = procs::Held::new(only_vmm(world, &id)?)?;
+    let reply = api.post_empty(&format!("/instances/{id}/standby")).await?;
+    failed(&reply)?;
+    held.release()?;
+    // What hung is looked at again every half a minute.
+    for _ in 0..90 {
+        let instance = api.instance(&id).await?;
+        if instance["state"] == "Running" && exec::run(api, &id, &["true"]).await.is_ok() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    found(world, &id, &witness, "Running", "").await?;
+    cycle(world, &id).await
+}
+
+async fn disk_full_at_standby(world: &World) -> Result<()> {
+    let disk = Disk::of(world, Kind::Ext4, DISK)?;
+    let api = world.api().await?;
+    let id = sleeper(world).await?;
+    let witness = Witness::plant(api, &id).await?;
+    let filler = disk.fill(TOO_LITTLE)?;
+    for _ in 0..2 {
+        let reply = api.post_empty(&format!("/instances/{id}/standby")).await?;
+        reply.refused(
+            409,
+            "insufficient_capacity",
+            &["disk", "16", "wanted", "available"],
+        )?;
+        let instance = api.instance(&id).await?;
+        ensure!(
+            instance["state"] == "Running"
+                && instance["failure"]
+                    .as_str()
+                    .is_some_and(|f| f.contains("disk")),
+            "{instance}"
+        );
+        checks::agree(api, &world.server).await?;
+        witness.survived(api, &id).await?;
+    }
+    drop(filler);
+    act(api, &id, "standby", None).await?;
+    found(world, &id, &witness, "Standby", "").await?;
+    // A guest that sleeps needs nothing more: it wakes on a disk that is as good as full.
+    act(api, &id, "standby", None).await?;
+    let filler = disk.fill(TOO_LITTLE)?;
+    act(api, &id, "restore", None).await?;
+    witness.survived(api, &id).await?;
+    drop(filler);
+    cycle(world, &id).await
+}
+
+/// Memory is a sparse file: a guest that touches a page for which there is no room takes its VMM down
+/// (SIGBUS). Nothing else may follow from that, and with room again everything works.
+async fn full_disk_costs_the_guest_not_the_server(world: &World) -> Result<()> {
+    let disk = Disk::of(world, Kind::Ext4, DISK)?;
+    let api = world.api().await?;
+    let id = sleeper(world).await?;
+    let witness = Witness::plant(api, &id).await?;
+    let filler = disk.fill(0)?;
+    let script = "head -c 67108864 /dev/zero | tr '\\0' x > /dev/shm/more; rm -f /dev/shm/more";
+    let wrote = exec::run(api, &id, &["sh", "-c", script]).await;
+    // The server answers, whatever became of the guest.
+    let full = api.instance(&id).await?;
+    let reply = api.post_empty(&format!("/instances/{id}/standby")).await?;
+    failed(&reply)?;
+    println!(
+        "on a full disk: writing 64 MiB {}, then {}, standby answers {} {}",
+        wrote.map_or_else(
+            |e| format!("failed ({e:#})"),
+            |o| format!("ended with {}", o.code)
+        ),
+        full["state"],
+        reply.status,
+        reply.text
+    );
+    drop(filler);
+    settle(api, &id).await?;
+    let state = api.instance(&id).await?["state"]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned();
+    // What could not be booked on the full disk is booked with the next look at the machine.
+    let state = match (
+        state.as_str(),
+        procs::vmms(&world.server.data_dir)?.is_empty(),
+    ) {
+        ("Running", true) => {
+            api.wait(&id, "Stopped", 60).await?;
+            "Stopped"
+        }
+        ("Running", false) => "Running",
+        (state, _) => state,
+    }
+    .to_owned();
+    found(world, &id, &witness, &state, "").await?;
+    cycle(world, &id).await
+}
+
+/// No process is left, nothing unwritten reaches the disk, and the log is recovered.
+async fn lose_power(world: &World, disk: &Disk) -> Result<()> {
+    // Proves that something is lost at all.
+    let volatile = world.server.data_dir.join("volatile");
+    fs::write(&volatile, b"not on the disk yet")?;
+    disk.cut_power()?;
+    world.server.kill().await?;
+    kill_vmms(world).await?;
+    disk.restore_power().await?;
+    match fs::read(&volatile) {
+        Ok(content) if content.is_empty() => fs::remove_file(&volatile).context("volatile"),
+        Ok(_) => bail!("the power loss lost nothing: what nobody fsynced is on the disk"),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(e).context("volatile"),
+    }
+}
+
+async fn power_loss_after_standby(world: &World) -> Result<()> {
+    let disk = Disk::of(world, Kind::Xfs, DISK)?;
+    let api = world.api().await?;
+    let id = sleeper(world).await?;
+    // The second time the snapshot takes the place of one that was consumed.
+    for round in ["first", "second"] {
+        let witness = Witness::plant(api, &id).await?;
+        act(api, &id, "standby", None).await?;
+        lose_power(world, &disk).await?;
+        world.server.start().await?;
+        found(world, &id, &witness, "Standby", "")
+            .await
+            .with_context(|| format!("{round} round"))?;
+    }
+    cycle(world, &id).await
+}
+
+/// As the death of server and VMM, and the disk holds nothing that was not made durable.
+async fn power_loss_at(world: &World, scenario: Scenario) -> Result<()> {
+    let disk = Disk::of(world, Kind::Xfs, DISK)?;
+    let (id, witness) = crash_standby::die(world, scenario).await?;
+    lose_power(world, &disk).await?;
+    crash_standby::come_back(world, scenario, &id, &witness).await
+}
+
+/// Some milliseconds into a standby, then into a restore. What was answered with success holds; otherwise
+/// the guest sleeps with all its memory, or is Stopped and says so.
+async fn power_loss_at_any_moment(world: &World, mut random: Random, rounds: usize) -> Result<()> {
+    let disk = Disk::of(world, Kind::Xfs, DISK)?;
+    let mut outcomes = Vec::new();
+    for round in 0..rounds {
+        let verb = if round % 2 == 0 { "standby" } else { "restore" };
+        let api = world.api().await?;
+        let id = sleeper(world).await?;
+        let witness = Witness::plant(api, &id).await?;
+        if verb == "restore" {
+            act(api, &id, "standby", None).await?;
+        }
+        let delay = random.below(400);
+        let path = format!("/instances/{id}/{verb}");
+        let cut = async {
+            tokio::time::sleep(Duration::from_millis(delay as u64)).await;
+            lose_power(world, &disk).await
+        };
+        let (reply, cut) = tokio::join!(api.post_empty(&path), cut);
+        cut?;
+        let promised = verb == "standby" && reply.is_ok_and(|reply| reply.status == 200);
+        world.server.start().await?;
+        settle(api, &id).await?;
+        let state = api.instance(&id).await?["state"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned();
+        let at = format!("{verb} {delay} ms {state}");
+        ensure!(
+            state == "Standby" || (state == "Stopped" && !promised),
+            "{at}, promised: {promised}"
+        );
+        found(world, &id, &witness, &state, "")
+            .await
+            .with_context(|| at.clone())?;
+        outcomes.push(at);
+    }
+    println!("power loss at any moment: {}", outcomes.join(", "));
+    cycle(world, &sleeper(world).await?).await
+}
