@@ -39,7 +39,7 @@ impl Sample {
     pub fn random(&self, purpose: &str) -> Random {
         let mut state = self.seed;
         for byte in purpose.bytes() {
-            state = Random { state }.next() ^ u64::from(byte);
+            state = Random { state }.draw() ^ u64::from(byte);
         }
         Random { state }
     }
@@ -58,7 +58,7 @@ pub struct Random {
 }
 
 impl Random {
-    pub fn next(&mut self) -> u64 {
+    pub fn draw(&mut self) -> u64 {
         self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.state;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -69,7 +69,7 @@ impl Random {
     /// From 0 to `end`, `end` not included; 0 when `end` is 0.
     pub fn below(&mut self, end: usize) -> usize {
         let end = u64::try_from(end).unwrap_or(u64::MAX).max(1);
-        usize::try_from(self.next() % end).unwrap_or(0)
+        usize::try_from(self.draw() % end).unwrap_or(0)
     }
 
     /// Up to `count` of these, each at most once.

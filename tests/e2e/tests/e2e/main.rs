@@ -24,6 +24,7 @@ mod lookup;
 mod network;
 mod restart;
 mod sdk;
+mod standby_disk;
 mod standby_faults;
 mod stateful;
 
@@ -59,6 +60,7 @@ fn groups(points: &[String]) -> Result<Vec<Group>> {
     groups.extend(crash::groups(points)?);
     let sample = Sample::from_env()?;
     groups.extend(crash_standby::groups(points, &sample)?);
+    groups.extend(standby_disk::groups(&sample));
     groups.extend(standby_faults::groups(&sample));
     for hypervisor in ["qemu", "qemu-microvm"] {
         groups.push(on(hypervisor, "", shared_cases()));
