@@ -4,7 +4,7 @@
 //! having been busy.
 use std::time::Duration;
 
-use doze_lifecycle::{Fact, Stamp, State};
+use doze_lifecycle::{Fact, Operation, Stamp, State};
 use doze_vmm::MachineStatus;
 use tokio::{sync::mpsc, time::Instant};
 
@@ -48,7 +48,12 @@ pub async fn idle(
 /// machine that could not be attached to, and at an operation that could not be finished or undone.
 async fn regular_check(instance: &mut Instance) {
     crate::logs::trim(&instance.dir(), instance.ctx.config.limits.max_log_bytes).await;
-    let stuck = instance.record.operation().is_some() || instance.live.is_none();
+    // At rest nobody works at an operation: it is left over. Only a command may end the instance, though.
+    let stuck = match instance.record.operation() {
+        Some(Operation::Create | Operation::Delete) => false,
+        Some(Operation::Standby | Operation::Restore | Operation::Start | Operation::Stop) => true,
+        None => instance.live.is_none(),
+    };
     if stuck && let Err(error) = recovery::run(instance).await {
         instance.note(&format!("it cannot be put right yet: {error}"));
     }

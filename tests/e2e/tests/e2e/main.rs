@@ -26,6 +26,7 @@ mod network;
 mod restart;
 mod sdk;
 mod standby;
+mod standby_disk;
 mod standby_faults;
 mod stateful;
 
@@ -61,6 +62,7 @@ fn groups(points: &[String]) -> Result<Vec<Group>> {
     groups.extend(crash::groups(points)?);
     let sample = Sample::from_env()?;
     groups.extend(crash_standby::groups(points, &sample)?);
+    groups.extend(standby_disk::groups(&sample));
     groups.extend(standby_faults::groups(&sample));
     for hypervisor in ["qemu", "qemu-microvm"] {
         groups.push(on(hypervisor, "", shared_cases()));

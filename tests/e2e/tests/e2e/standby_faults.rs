@@ -1,51 +1,28 @@
 //! What can go wrong with a guest that falls asleep, sleeps or wakes: files altered or missing, another
-//! QEMU, a full disk, power loss, a VMM that dies or hangs. A committed snapshot is never lost, a broken
+//! QEMU, a VMM that dies or hangs; `standby_disk` has the disk's share. A committed snapshot is never lost, a broken
 //! one never offered, and whatever is refused says why.
 use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, time::Duration};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use doze_e2e::{
-    Case, Group, Reply, Sample, Witness, World, checks,
-    disk::{Disk, Kind},
-    exec, procs,
-    sample::Random,
+    Case, Group, Reply, Sample, Witness, World, checks, exec, procs, sample::Random,
     world::WorldOptions,
 };
 use serde_json::Value;
 
 use crate::crash_standby::{
-    self, Scenario, act, cycle, found, instance_dir, kill_vmms, only_vmm, settle, sleeper,
-    wait_until,
+    act, cycle, found, instance_dir, kill_vmms, only_vmm, sleeper, wait_until,
 };
 
-const BOARDS: [&str; 2] = ["qemu-microvm", "qemu"];
-/// Holds the boot files, images, and the memory of one small guest.
-const DISK: u64 = 512 << 20;
-/// Less than the server wants to see before it begins a standby, and enough for a guest to go on.
-const TOO_LITTLE: u64 = 8 << 20;
-
-/// The same on both boards; power loss in a test run on the one that the seed chooses.
+pub const BOARDS: [&str; 2] = ["qemu-microvm", "qemu"];
+/// The same on both boards.
 pub fn groups(sample: &Sample) -> Vec<Group> {
-    let mut random = sample.random("faults");
-    let chosen = BOARDS[random.below(BOARDS.len())];
-    let mut groups = Vec::new();
-    for board in BOARDS {
-        groups.push(group(board, "faults", faults(sample)));
-        if sample.campaign || board == chosen {
-            groups.push(group(board, "power-loss", power_loss(sample, board)));
-        }
-        if sample.campaign || board != chosen {
-            let cases = doze_e2e::cases![
-                disk_full_at_standby,
-                full_disk_costs_the_guest_not_the_server
-            ];
-            groups.push(group(board, "full-disk", cases));
-        }
-    }
-    groups
+    BOARDS
+        .map(|board| group(board, "faults", faults(sample)))
+        .into()
 }
 
-fn group(board: &str, name: &str, cases: Vec<Case>) -> Group {
+pub fn group(board: &str, name: &str, cases: Vec<Case>) -> Group {
     Group {
         name: format!("{board}-{name}"),
         options: WorldOptions {
@@ -77,28 +54,6 @@ fn faults(sample: &Sample) -> Vec<Case> {
             .deadline(Duration::from_secs(400)),
         );
     }
-    cases
-}
-
-fn power_loss(sample: &Sample, board: &str) -> Vec<Case> {
-    let mut random = sample.random("power loss");
-    let mut cases = doze_e2e::cases![power_loss_after_standby];
-    let all = crash_standby::with_vmm();
-    let count = if sample.campaign { all.len() } else { 3 };
-    for scenario in random.choose(all, count) {
-        cases.push(Case::new(
-            format!("power_loss_at.{}", scenario.point),
-            move |world: &World| Box::pin(power_loss_at(world, scenario)),
-        ));
-    }
-    let rounds = if sample.campaign { 20 } else { 2 };
-    let random = sample.random(board);
-    cases.push(
-        Case::new("power_loss_at_any_moment", move |world: &World| {
-            Box::pin(power_loss_at_any_moment(world, random.clone(), rounds))
-        })
-        .deadline(Duration::from_secs(600)),
-    );
     cases
 }
 
@@ -340,7 +295,7 @@ async fn vmm_dies_during_standby(world: &World) -> Result<()> {
 }
 
 /// An error, with a reason.
-fn failed(reply: &Reply) -> Result<()> {
+pub fn failed(reply: &Reply) -> Result<()> {
     ensure!(
         reply.status >= 400
             && reply.body["message"]
@@ -466,171 +421,4 @@ async fn vmm_hangs_during_standby(world: &World) -> Result<()> {
     }
     found(world, &id, &witness, "Running", "").await?;
     cycle(world, &id).await
-}
-
-async fn disk_full_at_standby(world: &World) -> Result<()> {
-    let disk = Disk::of(world, Kind::Ext4, DISK)?;
-    let api = world.api().await?;
-    let id = sleeper(world).await?;
-    let witness = Witness::plant(api, &id).await?;
-    let filler = disk.fill(TOO_LITTLE)?;
-    for _ in 0..2 {
-        let reply = api.post_empty(&format!("/instances/{id}/standby")).await?;
-        reply.refused(
-            409,
-            "insufficient_capacity",
-            &["disk", "16", "wanted", "available"],
-        )?;
-        let instance = api.instance(&id).await?;
-        ensure!(
-            instance["state"] == "Running"
-                && instance["failure"]
-                    .as_str()
-                    .is_some_and(|f| f.contains("disk")),
-            "{instance}"
-        );
-        checks::agree(api, &world.server).await?;
-        witness.survived(api, &id).await?;
-    }
-    drop(filler);
-    act(api, &id, "standby", None).await?;
-    found(world, &id, &witness, "Standby", "").await?;
-    // A guest that sleeps needs nothing more: it wakes on a disk that is as good as full.
-    act(api, &id, "standby", None).await?;
-    let filler = disk.fill(TOO_LITTLE)?;
-    act(api, &id, "restore", None).await?;
-    witness.survived(api, &id).await?;
-    drop(filler);
-    cycle(world, &id).await
-}
-
-/// Memory is a sparse file: a guest that touches a page for which there is no room takes its VMM down
-/// (SIGBUS). Nothing else may follow from that, and with room again everything works.
-async fn full_disk_costs_the_guest_not_the_server(world: &World) -> Result<()> {
-    let disk = Disk::of(world, Kind::Ext4, DISK)?;
-    let api = world.api().await?;
-    let id = sleeper(world).await?;
-    let witness = Witness::plant(api, &id).await?;
-    let filler = disk.fill(0)?;
-    let script = "head -c 67108864 /dev/zero | tr '\\0' x > /dev/shm/more; rm -f /dev/shm/more";
-    let wrote = exec::run(api, &id, &["sh", "-c", script]).await;
-    // The server answers, whatever became of the guest.
-    let full = api.instance(&id).await?;
-    let reply = api.post_empty(&format!("/instances/{id}/standby")).await?;
-    failed(&reply)?;
-    println!(
-        "on a full disk: writing 64 MiB {}, then {}, standby answers {} {}",
-        wrote.map_or_else(
-            |e| format!("failed ({e:#})"),
-            |o| format!("ended with {}", o.code)
-        ),
-        full["state"],
-        reply.status,
-        reply.text
-    );
-    drop(filler);
-    settle(api, &id).await?;
-    let state = api.instance(&id).await?["state"]
-        .as_str()
-        .unwrap_or_default()
-        .to_owned();
-    // What could not be booked on the full disk is booked with the next look at the machine.
-    let state = match (
-        state.as_str(),
-        procs::vmms(&world.server.data_dir)?.is_empty(),
-    ) {
-        ("Running", true) => {
-            api.wait(&id, "Stopped", 60).await?;
-            "Stopped"
-        }
-        ("Running", false) => "Running",
-        (state, _) => state,
-    }
-    .to_owned();
-    found(world, &id, &witness, &state, "").await?;
-    cycle(world, &id).await
-}
-
-/// No process is left, nothing unwritten reaches the disk, and the log is recovered.
-async fn lose_power(world: &World, disk: &Disk) -> Result<()> {
-    // Proves that something is lost at all.
-    let volatile = world.server.data_dir.join("volatile");
-    fs::write(&volatile, b"not on the disk yet")?;
-    disk.cut_power()?;
-    world.server.kill().await?;
-    kill_vmms(world).await?;
-    disk.restore_power().await?;
-    match fs::read(&volatile) {
-        Ok(content) if content.is_empty() => fs::remove_file(&volatile).context("volatile"),
-        Ok(_) => bail!("the power loss lost nothing: what nobody fsynced is on the disk"),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Err(e) => Err(e).context("volatile"),
-    }
-}
-
-async fn power_loss_after_standby(world: &World) -> Result<()> {
-    let disk = Disk::of(world, Kind::Xfs, DISK)?;
-    let api = world.api().await?;
-    let id = sleeper(world).await?;
-    // The second time the snapshot takes the place of one that was consumed.
-    for round in ["first", "second"] {
-        let witness = Witness::plant(api, &id).await?;
-        act(api, &id, "standby", None).await?;
-        lose_power(world, &disk).await?;
-        world.server.start().await?;
-        found(world, &id, &witness, "Standby", "")
-            .await
-            .with_context(|| format!("{round} round"))?;
-    }
-    cycle(world, &id).await
-}
-
-/// As the death of server and VMM, and the disk holds nothing that was not made durable.
-async fn power_loss_at(world: &World, scenario: Scenario) -> Result<()> {
-    let disk = Disk::of(world, Kind::Xfs, DISK)?;
-    let (id, witness) = crash_standby::die(world, scenario).await?;
-    lose_power(world, &disk).await?;
-    crash_standby::come_back(world, scenario, &id, &witness).await
-}
-
-/// Some milliseconds into a standby, then into a restore. What was answered with success holds; otherwise
-/// the guest sleeps with all its memory, or is Stopped and says so.
-async fn power_loss_at_any_moment(world: &World, mut random: Random, rounds: usize) -> Result<()> {
-    let disk = Disk::of(world, Kind::Xfs, DISK)?;
-    let mut outcomes = Vec::new();
-    for round in 0..rounds {
-        let verb = if round % 2 == 0 { "standby" } else { "restore" };
-        let api = world.api().await?;
-        let id = sleeper(world).await?;
-        let witness = Witness::plant(api, &id).await?;
-        if verb == "restore" {
-            act(api, &id, "standby", None).await?;
-        }
-        let delay = random.below(400);
-        let path = format!("/instances/{id}/{verb}");
-        let cut = async {
-            tokio::time::sleep(Duration::from_millis(delay as u64)).await;
-            lose_power(world, &disk).await
-        };
-        let (reply, cut) = tokio::join!(api.post_empty(&path), cut);
-        cut?;
-        let promised = verb == "standby" && reply.is_ok_and(|reply| reply.status == 200);
-        world.server.start().await?;
-        settle(api, &id).await?;
-        let state = api.instance(&id).await?["state"]
-            .as_str()
-            .unwrap_or_default()
-            .to_owned();
-        let at = format!("{verb} {delay} ms {state}");
-        ensure!(
-            state == "Standby" || (state == "Stopped" && !promised),
-            "{at}, promised: {promised}"
-        );
-        found(world, &id, &witness, &state, "")
-            .await
-            .with_context(|| at.clone())?;
-        outcomes.push(at);
-    }
-    println!("power loss at any moment: {}", outcomes.join(", "));
-    cycle(world, &sleeper(world).await?).await
 }
