@@ -225,6 +225,16 @@ impl Ledger {
         }
     }
 
+    /// `moment` as far as it can lie between the current phase's beginning and `now`: of a boot before both it is
+    /// that beginning.
+    pub(crate) fn between(&self, moment: &Stamp, now: &Stamp) -> Stamp {
+        if moment.boot_id == self.since.boot_id || moment.boot_id == now.boot_id {
+            moment.clone().earlier_of(now)
+        } else {
+            self.since.clone()
+        }
+    }
+
     /// The moment `wall_us`, read from a clock that everybody can see (a file's time), on this ledger's
     /// timeline: not before the current phase began and not after `now`.
     #[must_use]

@@ -397,12 +397,12 @@ impl Record {
             Fact::MachineGone { failure } => next.end_run(failure.as_deref(), at, cause),
             Fact::MachineFoundGone { failure, last_seen } => {
                 // It was not seen later than now.
-                let last_seen = last_seen.clone().earlier_of(at);
+                let last_seen = next.ledger.between(last_seen, at);
                 next.end_run(failure.as_deref(), &last_seen, cause);
                 next.ledger.estimate(at);
             }
             Fact::GuestFoundOff { last_seen } => {
-                let last_seen = last_seen.clone().earlier_of(at);
+                let last_seen = next.ledger.between(last_seen, at);
                 next.enter(State::Shutdown, &last_seen, cause);
                 next.ledger.estimate(at);
             }
@@ -421,7 +421,8 @@ impl Record {
             Fact::MemoryLost { reason, last_seen } => {
                 next.operation = None;
                 next.failure = Some(reason.clone());
-                next.forget_memory(&last_seen.clone().earlier_of(at), cause);
+                let last_seen = next.ledger.between(last_seen, at);
+                next.forget_memory(&last_seen, cause);
                 next.ledger.estimate(at);
             }
             Fact::MemoryDiscarded => next.forget_memory(at, cause),
