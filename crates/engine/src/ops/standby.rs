@@ -15,7 +15,7 @@ use std::{
 use doze_host::files;
 use doze_lifecycle::{Command, Fact, Operation, Refusal, Stamp, State};
 use doze_snapshot::manifest::{self, FileEntry, MANIFEST_VERSION, Manifest, Memory, MemoryCodec};
-use doze_vmm::{MachineDescription, MachineStatus, SavedFile};
+use doze_vmm::{MachineDescription, MachineStatus, Probe, SavedFile};
 
 use super::{Cancel, check};
 use crate::{
@@ -74,7 +74,7 @@ async fn make_snapshot(instance: &mut Instance, cancel: &Cancel) -> Result<(), E
     let machine = live.machine.clone();
     let place = instance.dir().join(SNAPSHOT);
     let monitor = instance.ctx.monitor(description.hypervisor)?.clone();
-    let version = monitor.probe().await.version.unwrap_or_default();
+    let version = version(monitor.probe().await)?;
     let _room = instance.ctx.reserve_disk(&instance.dir(), ROOM)?;
     prepare_stage(&place).await?;
     flush(&description, cancel).await?;
@@ -108,6 +108,16 @@ async fn make_snapshot(instance: &mut Instance, cancel: &Cancel) -> Result<(), E
     }
     instance.reach(KillPoint::StandbyCommitted);
     Ok(())
+}
+
+/// Without it nobody could tell later who can load the snapshot, and so nobody would.
+fn version(probe: Probe) -> Result<String, EngineError> {
+    probe.version.ok_or_else(|| EngineError::DependencyMissing {
+        what: "the version of the machine monitor is not known".into(),
+        mend: probe
+            .missing
+            .unwrap_or_else(|| "see the server's log".to_owned()),
+    })
 }
 
 /// Between pause and commit: the place to look a second time whether the guest may sleep. A
