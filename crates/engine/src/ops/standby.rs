@@ -37,6 +37,12 @@ pub async fn run(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineE
     match make_snapshot(instance, cancel).await {
         Ok(()) => finish(instance).await,
         Err(error) => {
+            // Its mark could not be taken back: a guest that ran on now would be mixed up with its old
+            // state after a crash.
+            if is_marked(instance).await? {
+                instance.note(&format!("the snapshot stays committed although: {error}"));
+                return complete(instance).await;
+            }
             instance.note(&format!("standby given up: {error}"));
             undo(instance, &error.to_string()).await?;
             Err(error)
