@@ -17,6 +17,9 @@ say "property tests, $((rounds * 256)) cases each"
 PROPTEST_CASES=$((rounds * 256)) cargo test --quiet --locked \
     -p doze-lifecycle -p doze-agent -p doze-image -p doze-api -p doze-host -p doze-engine
 
+say "crashes and failures at every step of every operation, on machines that are played"
+DOZE_CAMPAIGN_ROUNDS=$rounds cargo test --quiet --locked -p doze-engine --test inject -- --nocapture
+
 cargo test --quiet --locked -p doze-e2e --no-run
 runner=$(end_to_end_runner)
 for ((round = 1; round <= rounds; round++)); do

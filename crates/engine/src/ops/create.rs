@@ -52,6 +52,7 @@ async fn make(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineErro
 /// From now on the record says that this instance is being deleted, so a crash here goes on deleting.
 pub async fn undo(instance: &mut Instance, reason: &str) -> Result<(), EngineError> {
     instance.note(&format!("create failed: {reason}"));
+    launch::end_failed(instance).await?;
     instance
         .commit(Fact::OperationFailed {
             reason: reason.to_owned(),

@@ -22,13 +22,17 @@ use crate::{
     kill::KillPoint,
 };
 
-/// Boots the instance. On error the machine, if any, is gone again and the record says so.
+/// Boots the instance. On error the machine, if any, is gone again and the record says so, or
+/// [`end_failed`] has to be tried again.
 pub async fn run(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineError> {
     let outcome = boot(instance, cancel).await;
-    if outcome.is_err() {
-        instance
+    if outcome.is_err()
+        && let Err(error) = instance
             .end_machine(KillPoint::StopMachineKilled, None)
-            .await?;
+            .await
+    {
+        // Tried again before the operation is given up; the caller is told why it failed at all.
+        instance.note(&format!("ending the machine failed: {error}"));
     }
     outcome
 }
@@ -40,6 +44,17 @@ pub async fn check_host(instance: &Instance) -> Result<(), EngineError> {
         .reserve_memory(&instance.id, instance.spec.memory_bytes)?;
     describe(instance).await?;
     make_tap(instance).await
+}
+
+/// Ends what a failed launch could not end. Only then may its operation be given up: a VMM that no record
+/// names would stay for ever.
+pub async fn end_failed(instance: &mut Instance) -> Result<(), EngineError> {
+    if instance.live.is_none() && instance.record.machine().is_none() {
+        return Ok(());
+    }
+    instance
+        .end_machine(KillPoint::StopMachineKilled, None)
+        .await
 }
 
 async fn boot(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineError> {

@@ -13,6 +13,7 @@ use doze_host::files;
 use doze_lifecycle::{Fact, Operation, Stamp};
 use doze_snapshot::manifest::{self, Manifest, MemoryCodec};
 use doze_vmm::{MachineDescription, MachineStatus};
+use tokio::sync::watch;
 
 use super::{
     Cancel, Laps, check, launch,
@@ -96,12 +97,19 @@ async fn wake(
     // From here on `kill_machine` finds it.
     instance.live = Some(live);
     // What the guest had written when it fell asleep must have somewhere to go while it is loaded.
-    agent.linked(LINK_PATIENCE).await?;
+    let mut status = machine.watch();
+    tokio::select! {
+        linked = agent.linked(LINK_PATIENCE) => linked?,
+        // It died; the load says so.
+        _ = status.wait_for(|status| super::stop::is_off(*status)) => {}
+        () = cancel.cancelled() => return check(cancel),
+    }
     machine.load(&place).await.map_err(vmm_error)?;
     laps.lap("loaded");
     instance.reach(KillPoint::RestoreLoaded);
     // The last moment to change one's mind.
     check(cancel)?;
+    still_there(&status)?;
     blocking("consuming the snapshot", move || manifest::consume(&place))
         .await?
         .map_err(manifest_error)?;
@@ -111,6 +119,17 @@ async fn wake(
     laps.lap("resumed");
     instance.reach(KillPoint::RestoreResumed);
     record_resumed(instance, &resumed_at).await
+}
+
+/// A machine that died before its CPUs ran must not take the snapshot with it.
+fn still_there(status: &watch::Receiver<MachineStatus>) -> Result<(), EngineError> {
+    match super::stop::is_off(*status.borrow()) {
+        false => Ok(()),
+        true => Err(EngineError::Internal {
+            context: "restore".into(),
+            reason: "its machine monitor died before the guest ran".into(),
+        }),
+    }
 }
 
 /// Its CPUs run. Recorded with the process, so that a later server finds it.

@@ -46,6 +46,13 @@ pub async fn run(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineE
             Ok(())
         }
         Err(error) => {
+            // Its mark could not be taken back: a guest that ran on now would be mixed up with its old
+            // state after a crash.
+            if is_marked(instance).await? {
+                instance.note(&format!("the snapshot stays committed although: {error}"));
+                let status = status(instance).await?;
+                return complete(instance, status).await;
+            }
             instance.note(&format!("standby given up: {error}"));
             if let Err(undoing) = undo(instance, &error.to_string()).await {
                 // Looked at again before the next command and by the regular check.
@@ -173,6 +180,13 @@ pub async fn undo(instance: &mut Instance, reason: &str) -> Result<(), EngineErr
         instance.commit_at(fact, &resumed_at).await?;
     }
     Ok(())
+}
+
+async fn status(instance: &Instance) -> Result<MachineStatus, EngineError> {
+    match &instance.live {
+        Some(live) => live.machine.status().await.map_err(vmm_error),
+        None => Ok(MachineStatus::Gone),
+    }
 }
 
 /// When the CPUs ran again. `None`: there is no machine any more, and whoever observes that ends the

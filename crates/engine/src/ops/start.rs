@@ -40,6 +40,7 @@ pub async fn run(
     if let Err(error) = &outcome {
         instance.ctx.release_memory(&instance.id);
         instance.spec = before;
+        launch::end_failed(instance).await?;
         instance.discard_memory().await;
         instance
             .commit(Fact::OperationFailed {

@@ -10,7 +10,7 @@ use doze_lifecycle::State;
 use doze_vmm::MachineStatus;
 
 use crate::{
-    lab::{Lab, settled},
+    lab::{Lab, PATIENCE, settled},
     scenario::{NAME, Op, Scenario, Stake},
 };
 
@@ -201,13 +201,13 @@ fn exact(scenario: &Scenario, end: End) -> Option<State> {
     if !end.answered || scenario.then.is_some() {
         return None;
     }
-    let awake = if end.power {
-        State::Stopped
-    } else {
-        State::Running
+    let awake = match (end.power, scenario.dies()) {
+        (true, _) => Some(State::Stopped),
+        (false, true) => None,
+        (false, false) => Some(State::Running),
     };
     match scenario.op {
-        Op::Create | Op::Start | Op::StartDiscarding | Op::Restore => Some(awake),
+        Op::Create | Op::Start | Op::StartDiscarding | Op::Restore => awake,
         Op::Standby => Some(State::Standby),
         Op::Stop | Op::PowerOff | Op::Death => Some(State::Stopped),
         Op::Delete | Op::Discard => None,
@@ -244,7 +244,11 @@ pub fn usable(lab: &Lab, ledgers: &mut Ledgers, scenario: &Scenario, stake: &Sta
     let mut faults = Faults::new();
     let (engine, world) = (lab.engine(), lab.world.clone());
     let outcome = lab.run(async {
-        let view = settled(&engine, &world, NAME).await;
+        if !scenario.sleeps() {
+            // What the store refused to record is recorded with a command, even one that is refused.
+            let _ = engine.start(NAME, StartOverrides::default(), false).await;
+        }
+        let view = settled(&engine, &world, NAME, PATIENCE / 2).await;
         let Some(view) = view else {
             engine.create(Lab::request(NAME)).await?;
             return Ok(None);
@@ -276,7 +280,7 @@ pub fn usable(lab: &Lab, ledgers: &mut Ledgers, scenario: &Scenario, stake: &Sta
     });
     faults.extend(outcome.unwrap_or_else(|e| Some(format!("it cannot be used: {e}"))));
     let outcome = lab.run(async {
-        let view = settled(&engine, &world, NAME).await;
+        let view = settled(&engine, &world, NAME, PATIENCE / 2).await;
         let id = view.map(|view| view.id.clone()).unwrap_or_default();
         let before = world.counter(&id);
         engine.standby(NAME, false).await?;

@@ -260,8 +260,13 @@ fn memory_disk() -> PathBuf {
 }
 
 /// Waits until nothing is in flight and the record agrees with the guest: what happened by itself is
-/// booked some time later.
-pub async fn settled(engine: &Engine, world: &World, name: &str) -> Option<Arc<InstanceView>> {
+/// booked some time later. After `patience` it is what it is.
+pub async fn settled(
+    engine: &Engine,
+    world: &World,
+    name: &str,
+    patience: Duration,
+) -> Option<Arc<InstanceView>> {
     let begun = Instant::now();
     loop {
         let Ok(view) = engine.get(name) else {
@@ -276,7 +281,7 @@ pub async fn settled(engine: &Engine, world: &World, name: &str) -> Option<Arc<I
             State::Created | State::Paused | State::Shutdown => false,
         };
         let rests = agrees && record.operation().is_none();
-        if rests || world.crashed() || begun.elapsed() > PATIENCE / 2 {
+        if rests || world.crashed() || begun.elapsed() > patience {
             return Some(view);
         }
         tokio::time::sleep(Duration::from_millis(1)).await;

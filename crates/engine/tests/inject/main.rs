@@ -9,9 +9,13 @@
 
 mod campaign;
 mod check;
+mod commits;
+mod failures;
 mod guest;
 mod lab;
 mod monitor;
+mod pool;
+mod random;
 mod scenario;
 mod steps;
 mod world;

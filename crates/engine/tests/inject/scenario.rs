@@ -1,5 +1,5 @@
 //! Everything an instance can be told to do, from where it can be told.
-use std::future::Future;
+use std::time::Duration;
 
 use doze_engine::{Engine, EngineError, StartOverrides};
 use doze_lifecycle::State;
@@ -56,6 +56,8 @@ pub struct Scenario {
     pub then: Option<(When, Op)>,
     /// The first one of these calls fails.
     pub fails: Option<(&'static str, Act)>,
+    /// Its VMM dies at this call.
+    pub dies_at: Option<String>,
     /// The snapshot's device state is damaged: it can never be restored.
     pub altered: bool,
     pub mute: bool,
@@ -70,20 +72,21 @@ impl Scenario {
             op,
             then: None,
             fails: None,
+            dies_at: None,
             altered: false,
             mute: false,
             deaf: false,
         }
     }
 
-    const fn then(self, when: When, op: Op) -> Scenario {
+    fn then(self, when: When, op: Op) -> Scenario {
         Scenario {
             then: Some((when, op)),
             ..self
         }
     }
 
-    const fn fails(self, call: &'static str, act: Act) -> Scenario {
+    fn fails(self, call: &'static str, act: Act) -> Scenario {
         Scenario {
             fails: Some((call, act)),
             ..self
@@ -98,10 +101,30 @@ impl Scenario {
         self.does(Op::Delete) || self.does(Op::Discard)
     }
 
-    /// Its VMM dies on the way.
+    /// The same with one more failure, which is for the caller to plan.
+    pub fn failing(self, step: &Step, act: Act) -> Scenario {
+        let dies = act == Act::Die || act == Act::DieAfter;
+        Scenario {
+            dies_at: dies.then(|| step.label.clone()),
+            ..self
+        }
+    }
+
+    /// Its VMM dies on the way, and the guest's memory may go with it: not before a restore let its CPUs run.
     pub fn dies(&self) -> bool {
-        self.fails
-            .is_some_and(|(_, act)| act == Act::Die || act == Act::DieAfter)
+        let planned = self.fails.filter(|(_, act)| *act == Act::Die);
+        let call = match (&self.dies_at, planned) {
+            (Some(label), _) => label.trim_start_matches("before "),
+            (None, Some((call, _))) => call,
+            (None, None) => return false,
+        };
+        let early = [
+            "monitor.probe",
+            "monitor.check_loads",
+            "monitor.spawn_to_load",
+            "vmm.load",
+        ];
+        !(self.op == Op::Restore && early.contains(&call))
     }
 
     pub fn sleeps(&self) -> bool {
@@ -195,7 +218,7 @@ impl Scenario {
         }
         let memory = lab.run(async {
             engine.create(Lab::request(NAME)).await.unwrap();
-            let view = settled(&engine, &world, NAME).await.unwrap();
+            let view = settled(&engine, &world, NAME, PATIENCE / 2).await.unwrap();
             assert_eq!(view.state(), State::Running, "{:?}", view.record.failure());
             for _ in 0..3 {
                 world.tick(&view.id);
@@ -236,14 +259,14 @@ impl Scenario {
     }
 
     /// Does it, both commands, until everything is answered and booked. `Ok`: the (first) command was.
-    pub fn act(&self, lab: &Lab) -> Result<(), EngineError> {
+    pub fn act(&self, lab: &Lab, patience: Duration) -> Result<(), EngineError> {
         let (engine, world) = (lab.engine(), lab.world.clone());
         lab.run(async {
             let first = tokio::spawn(command(engine.clone(), world.clone(), self.op));
             let Some((when, then)) = self.then else {
                 let answer = first.await.unwrap();
                 if !world.crashed() {
-                    let _ = settled(&engine, &world, NAME).await;
+                    let _ = settled(&engine, &world, NAME, patience).await;
                 }
                 return answer;
             };
@@ -261,7 +284,7 @@ impl Scenario {
             };
             let _ = second.await.unwrap();
             if !world.crashed() {
-                let _ = settled(&engine, &world, NAME).await;
+                let _ = settled(&engine, &world, NAME, patience).await;
             }
             answer
         })
@@ -330,7 +353,7 @@ async fn by_itself(engine: Engine, world: World, op: Op) -> Answer {
     // Booked by whoever observes it; a crash there ends the wait, too.
     let stopped = async {
         while !world.crashed() && engine.get(NAME)?.state() != State::Stopped {
-            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+            tokio::time::sleep(Duration::from_millis(1)).await;
         }
         Ok(())
     };

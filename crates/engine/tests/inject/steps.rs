@@ -71,7 +71,7 @@ pub struct Steps {
     counts: HashMap<String, usize>,
     plans: Vec<(Step, Act)>,
     /// Crashes at the step with this number, from 1.
-    pub crash_at: Option<usize>,
+    crash_at: Option<usize>,
     /// Disturbs one call in this many.
     pub random: Option<(Dice, usize)>,
     pub crashed: bool,
@@ -88,6 +88,12 @@ impl Steps {
             random: self.random.take(),
             ..Steps::default()
         };
+    }
+
+    /// From now on steps are counted from one again, and the one with this number is the last.
+    pub fn arm_crash_at(&mut self, number: usize) {
+        self.arm(Vec::new());
+        self.crash_at = Some(number);
     }
 
     pub fn disarm(&mut self) -> Vec<Step> {

@@ -181,8 +181,7 @@ impl State {
         };
         let alive = self.vmms.values().any(|vmm| vmm.instance == machine.id);
         if alive {
-            self.violations
-                .push(format!("a second VMM is started for {}", machine.id));
+            self.violations.push("a second VMM is started".to_owned());
         }
         let size = machine.memory.check_size(machine.memory_bytes);
         match load {
@@ -320,11 +319,8 @@ impl State {
         let overlay = read_content(&vmm.overlay, SeekFrom::End(-(CONTENT as i64)));
         let memory = memory.map_err(|e| refused(format!("memory: {e}")))?;
         let overlay = overlay.map_err(|e| refused(format!("overlay: {e}")))?;
-        let instance = vmm.instance.clone();
         if memory != *saved || overlay.generation != saved.generation {
-            let text = format!(
-                "{instance}: loading {saved:?} on memory {memory:?} and overlay {overlay:?}"
-            );
+            let text = format!("loading {saved:?} on memory {memory:?} and overlay {overlay:?}");
             self.violations.push(text.clone());
             return Err(refused(text));
         }
