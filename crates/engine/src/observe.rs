@@ -4,7 +4,7 @@
 //! having been busy.
 use std::time::Duration;
 
-use doze_lifecycle::{Fact, State};
+use doze_lifecycle::{Fact, Operation, State};
 use doze_vmm::MachineStatus;
 use tokio::{sync::mpsc, time::Instant};
 
@@ -45,10 +45,17 @@ pub async fn idle(
 }
 
 /// Keeps logs small, also when nothing else works because they filled the disk, and looks again for a
-/// machine that could not be attached to.
+/// machine that could not be attached to, or that hung while an operation was undone: nobody else would let
+/// its guest go on.
 async fn regular_check(instance: &mut Instance) {
     crate::logs::trim(&instance.dir(), instance.ctx.config.limits.max_log_bytes).await;
-    if instance.live.is_none()
+    // At rest nobody works at it: it is left over.
+    let unfinished = match instance.record.operation() {
+        Some(Operation::Standby | Operation::Restore | Operation::Start | Operation::Stop) => true,
+        // Their recovery may end the instance; left to the next command.
+        Some(Operation::Create | Operation::Delete) | None => false,
+    };
+    if (instance.live.is_none() || unfinished)
         && let Err(error) = recovery::run(instance).await
     {
         instance.note(&format!("its machine is still out of reach: {error}"));
