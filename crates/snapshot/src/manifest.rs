@@ -363,7 +363,8 @@ mod tests {
 
     #[test]
     fn whatever_is_altered_is_refused_by_its_name_and_left_alone() {
-        let damages: [(&str, fn(&Path)); 6] = [
+        type Damage = fn(&Path);
+        let damages: [(&str, Damage); 6] = [
             ("state", |p| {
                 fs::write(p.join("state"), b"device").unwrap();
             }),
