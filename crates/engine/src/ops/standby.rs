@@ -32,7 +32,10 @@ pub const ROOM: u64 = 16 << 20;
 /// From Initializing or Running to Standby. On error the guest goes on, unless its machine died.
 pub async fn run(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineError> {
     check_sessions(instance)?;
-    let _room = instance.ctx.reserve_disk(&instance.dir(), ROOM)?;
+    let _room = instance
+        .ctx
+        .reserve_disk(&instance.dir(), ROOM)
+        .inspect_err(|error| instance.note(&format!("standby refused: {error}")))?;
     // A mark that is found while a standby is in flight means that it is committed: an old one must be gone.
     forget_old(instance).await?;
     instance.commit(Fact::Admitted(Operation::Standby)).await?;
