@@ -27,6 +27,7 @@ mod logs;
 mod metrics;
 mod observe;
 mod ops;
+mod plan;
 mod proof;
 mod recovery;
 mod registry;

@@ -1,7 +1,7 @@
 //! Which command may begin when: one pure table, shown in docs/lifecycle.md.
 use std::fmt;
 
-use crate::{State, record::Operation};
+use crate::{Operation, State};
 
 /// What a caller may ask of an instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

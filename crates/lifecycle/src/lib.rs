@@ -13,11 +13,13 @@
 //! - The ledger's sums plus its live part equal the time elapsed on its timeline.
 pub mod admission;
 pub mod duration;
+pub mod fact;
 pub mod ledger;
 pub mod record;
 pub mod state;
 
 pub use admission::{Admission, Command, Refusal};
+pub use fact::{Exit, Fact, Operation, ProcessRef};
 pub use ledger::{Cause, KEPT_TRANSITIONS, Ledger, Stamp, Transition};
-pub use record::{Exit, Fact, IllegalFact, Operation, ProcessRef, Record};
+pub use record::{IllegalFact, Record};
 pub use state::State;
