@@ -3,8 +3,8 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 TARGET := $(or $(CARGO_TARGET_DIR),target)
-# Beside the tests it runs only when asked for: make campaign ROUNDS=50
-ROUNDS ?= 20
+# Beside the tests it runs only when asked for: make campaign ROUNDS=10 (a round takes about 20 minutes on 2 cores)
+ROUNDS ?= 3
 
 .PHONY: help demo test campaign build bench lint fmt clean setup
 

@@ -8,7 +8,7 @@
 # shellcheck source=scripts/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 cd "$ROOT"
-rounds=${1:-20}
+rounds=${1:-3}
 [[ $rounds =~ ^[1-9][0-9]*$ ]] || die "ROUNDS is '$rounds'; it must be a number from 1 on"
 first=${DOZE_E2E_SEED:-$RANDOM$RANDOM}
 [[ $first =~ ^[0-9]+$ ]] || die "DOZE_E2E_SEED is '$first'; it must be a number"
