@@ -192,7 +192,8 @@ pub(super) async fn standby(
 ) -> Result<Json<Instance>, ApiError> {
     query.finish("none")?;
     convert::unbuilt::standby(&request)?;
-    let options = request != StandbyInstanceRequest::default();
+    // What has no effect asks for nothing; neither does a delay of a compression that is not wanted.
+    let options = request.compression.is_some_and(|c| c.enabled);
     let view = state.engine().standby(&id, options).await?;
     Ok(Json(convert::instance::instance(
         &view,
