@@ -29,6 +29,6 @@ for ((round = 1; round <= rounds; round++)); do
         "$runner" kill9 crash faults:: power-loss full-disk
 done
 say "the billing example: 60 s running, 300 s asleep, 30 s running"
-as_root env DOZE_BIN="$TARGET/release/doze" DOZE_BILLING_EXAMPLE=60,300,30 \
+as_root env DOZE_BIN="$TARGET/release/doze" DOZE_E2E_BILLING=60,300,30 \
     "$runner" billing::the_billing_example
 say "$rounds rounds passed"

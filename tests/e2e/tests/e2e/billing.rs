@@ -27,7 +27,7 @@ use tokio::task::JoinHandle;
 /// The counter's pace is 100 ms. Seconds of the billing example, all runs and the sleep; the campaign has
 /// the issue's own.
 const EXAMPLE: &str = "4,6,2";
-const EXAMPLE_VARIABLE: &str = "DOZE_BILLING_EXAMPLE";
+const EXAMPLE_VARIABLE: &str = "DOZE_E2E_BILLING";
 /// Milliseconds that whole numbers and two clocks may lose at each end.
 const ROUNDING: i128 = 3;
 const COUNTER: [&str; 3] = [
