@@ -3,6 +3,7 @@
 //! Disk layout: `DOZECFG1` (8 bytes), length of the JSON (u32 LE), its CRC-32 (u32 LE), the JSON,
 //! zeros up to a multiple of 4096 bytes. At most [`MAX_JSON`] bytes of JSON.
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 pub const MAX_JSON: usize = 1 << 20;
 /// `virtio-serial` port names, visible in the guest under /sys/class/virtio-ports/*/name.
@@ -56,14 +57,58 @@ pub struct GuestNetwork {
     pub dns: Vec<std::net::Ipv4Addr>,
 }
 
-/// Why a config disk was not accepted.
+impl GuestNetwork {
+    /// # Errors
+    /// A value no guest can act on, by its field.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        if self.mac_bytes().is_none() {
+            let allowed = "six bytes in hexadecimal with colons, of one station";
+            return Err(invalid("network.mac", &self.mac, allowed));
+        }
+        self.check_prefix()
+    }
+
+    fn check_prefix(&self) -> Result<(), ConfigError> {
+        if (1..=32).contains(&self.prefix) {
+            return Ok(());
+        }
+        Err(invalid(
+            "network.prefix",
+            &self.prefix.to_string(),
+            "1 to 32",
+        ))
+    }
+
+    /// The address of one station (neither a group's nor all zeros), or `None` if it is none.
+    pub fn mac_bytes(&self) -> Option<[u8; 6]> {
+        let mut bytes = [0; 6];
+        let mut parts = self.mac.split(':');
+        for byte in &mut bytes {
+            // Not `from_str_radix`, which also takes a sign.
+            hex::decode_to_slice(parts.next()?, std::slice::from_mut(byte)).ok()?;
+        }
+        let station = bytes[0] & 1 == 0 && bytes != [0; 6];
+        (parts.next().is_none() && station).then_some(bytes)
+    }
+}
+
+/// The machine-id(5) of an instance: its own, and the same at every boot.
+pub fn machine_id(instance_id: &str) -> String {
+    let hash = Sha256::new()
+        .chain_update("doze-machine-id:")
+        .chain_update(instance_id)
+        .finalize();
+    hex::encode(&hash[..16])
+}
+
+/// Why a config disk, or an identity, was not accepted.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The bytes are not what [`encode`] writes.
     #[error("config disk: {0}")]
     Malformed(String),
     /// A value no guest can act on.
-    #[error("config disk: {field}: {value:?} is not allowed; allowed: {allowed}")]
+    #[error("config: {field}: {value:?} is not allowed; allowed: {allowed}")]
     Invalid {
         field: &'static str,
         value: String,
@@ -136,18 +181,12 @@ pub fn json_len(header: &[u8]) -> Result<usize, ConfigError> {
 }
 
 fn validate(config: &GuestConfig) -> Result<(), ConfigError> {
-    let invalid = |field, value: &str, allowed| {
-        Err(ConfigError::Invalid {
-            field,
-            value: value.to_owned(),
-            allowed,
-        })
-    };
     if config.version != VERSION {
-        return invalid("version", &config.version.to_string(), "1");
+        return Err(invalid("version", &config.version.to_string(), "1"));
     }
     if config.argv.first().is_none_or(String::is_empty) {
-        return invalid("argv", "", "at least a command that is not empty");
+        let allowed = "at least a command that is not empty";
+        return Err(invalid("argv", "", allowed));
     }
     if let Some(text) = config
         .argv
@@ -155,26 +194,47 @@ fn validate(config: &GuestConfig) -> Result<(), ConfigError> {
         .chain(&config.env)
         .find(|s| s.contains('\0'))
     {
-        return invalid("argv or env", text, "no NUL character");
+        return Err(invalid("argv or env", text, "no NUL character"));
     }
     if !config.working_dir.starts_with('/') || config.working_dir.contains('\0') {
-        return invalid("working_dir", &config.working_dir, "an absolute path");
+        return Err(invalid(
+            "working_dir",
+            &config.working_dir,
+            "an absolute path",
+        ));
     }
-    if config.hostname.is_empty()
-        || config.hostname.len() > 63
-        || !config
-            .hostname
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.'))
-    {
-        return invalid("hostname", &config.hostname, "1 to 63 of [A-Za-z0-9.-]");
+    check_hostname(&config.hostname)?;
+    let network = config.network.as_ref();
+    network.map_or(Ok(()), GuestNetwork::check_prefix)
+}
+
+pub(crate) fn check_hostname(hostname: &str) -> Result<(), ConfigError> {
+    let characters = hostname
+        .bytes()
+        .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.'));
+    if characters && (1..=63).contains(&hostname.len()) {
+        return Ok(());
     }
-    if let Some(network) = &config.network
-        && !(1..=32).contains(&network.prefix)
-    {
-        return invalid("network.prefix", &network.prefix.to_string(), "1 to 32");
+    Err(invalid("hostname", hostname, "1 to 63 of [A-Za-z0-9.-]"))
+}
+
+pub(crate) fn check_machine_id(id: &str) -> Result<(), ConfigError> {
+    let digits = id
+        .bytes()
+        .all(|b| b.is_ascii_digit() || matches!(b, b'a'..=b'f'));
+    if id.len() == 32 && digits && id.bytes().any(|b| b != b'0') {
+        return Ok(());
     }
-    Ok(())
+    let allowed = "32 lower-case hexadecimal digits, not all zero";
+    Err(invalid("machine_id", id, allowed))
+}
+
+fn invalid(field: &'static str, value: &str, allowed: &'static str) -> ConfigError {
+    ConfigError::Invalid {
+        field,
+        value: value.to_owned(),
+        allowed,
+    }
 }
 
 #[cfg(test)]
@@ -244,6 +304,15 @@ mod tests {
             let message = encode(&bad).unwrap_err().to_string();
             assert!(message.contains(&format!(" {field}: ")), "{message}");
         }
+    }
+
+    /// Of an instance that exists it must never become another one.
+    #[test]
+    fn a_machine_id_follows_from_the_instance() {
+        // printf doze-machine-id:abc | sha256sum
+        assert_eq!(machine_id("abc"), "475db82914d7a5513288b338570e436e");
+        assert_ne!(machine_id("abd"), machine_id("abc"));
+        assert!(check_machine_id(&machine_id("")).is_ok());
     }
 
     #[test]

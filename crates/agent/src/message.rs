@@ -12,18 +12,21 @@
 //!     │<──────────────── ExecExited ──────────│   or  Kill ──> (ends without an answer)
 //!     │                                       │
 //!     │ Restored ──────────── stream 0 ──────>│   after every restore from a snapshot
-//!     │<──────────────── RestoredDone ────────│   its clock is set, its entropy fresh
+//!     │<──────────────── RestoredDone ────────│   its clock is set, its entropy fresh, its identity its own
 //! ```
 //!
 //! An end ignores a `type` it does not know (and says so once, see [`ToHost::Unsupported`]), so a
 //! newer minor version may add messages.
 use serde::{Deserialize, Serialize};
 
+use crate::config::{self, ConfigError, GuestNetwork};
+
 /// Version both ends announce: major << 16 | minor. An end accepts any version whose major part
 /// it knows.
 ///
-/// 1.1 added [`ToGuest::Restored`]; a guest that was put to standby with an agent of 1.0 still wakes with it.
-pub const PROTOCOL: u32 = 1 << 16 | 1;
+/// 1.1 added [`ToGuest::Restored`], 1.2 its identity; a guest that was put to standby with an agent of an older
+/// version still wakes with it.
+pub const PROTOCOL: u32 = 1 << 16 | 2;
 
 /// Whether this end can talk to one that announces `version`.
 pub fn speaks(version: u32) -> bool {
@@ -65,6 +68,26 @@ pub struct ProgramExit {
     pub message: String,
 }
 
+/// Who a guest is from now on that woke as a copy of another one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    pub hostname: String,
+    /// 32 lower-case hexadecimal digits (machine-id(5)); see [`config::machine_id`].
+    pub machine_id: String,
+    /// Absent for a guest without a network.
+    pub network: Option<GuestNetwork>,
+}
+
+impl Identity {
+    /// # Errors
+    /// A value no guest can take, by its field.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        config::check_hostname(&self.hostname)?;
+        config::check_machine_id(&self.machine_id)?;
+        self.network.as_ref().map_or(Ok(()), GuestNetwork::check)
+    }
+}
+
 /// From the host to the guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
@@ -90,6 +113,9 @@ pub enum ToGuest {
         wall_us: i64,
         /// Hexadecimal, [`ENTROPY_BYTES`] bytes; never used before.
         entropy: String,
+        /// For a copy of another guest: taken after clock and entropy, before the answer.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        identity: Option<Identity>,
     },
     /// A message of a newer version.
     #[serde(other)]
@@ -129,10 +155,14 @@ pub enum ToHost {
     },
     /// The request was accepted; the power-off follows.
     ShuttingDown,
-    /// The clock is set and the entropy mixed in, or `problem` says which of it failed and why.
+    /// The clock is set, the entropy mixed in and the identity taken, or `problem` says which of it failed and
+    /// why.
     RestoredDone {
         nonce: u64,
         problem: Option<String>,
+        /// The guest is who the request said, in every part. An agent that knows of no identity leaves this out.
+        #[serde(default)]
+        identity_applied: bool,
     },
     /// The guest did not understand a message.
     Unsupported {
@@ -166,29 +196,80 @@ mod tests {
         assert!(speaks(PROTOCOL));
         assert!(speaks(PROTOCOL + 7));
         assert!(!speaks(PROTOCOL + (1 << 16)));
-        assert_eq!(version_text(PROTOCOL), "1.1");
+        assert_eq!(version_text(PROTOCOL), "1.2");
     }
 
     /// Other versions read these: the names must not change.
     #[test]
     fn restored_has_its_form_on_the_wire() {
-        let request = ToGuest::Restored {
+        let mut request = ToGuest::Restored {
             nonce: u64::MAX,
             wall_us: 1_700_000_000_000_001,
             entropy: "00ff".into(),
+            identity: None,
         };
-        assert_eq!(
-            serde_json::to_string(&request).unwrap(),
-            r#"{"type":"restored","nonce":18446744073709551615,"wall_us":1700000000000001,"entropy":"00ff"}"#
-        );
-        let answer: ToHost =
-            serde_json::from_str(r#"{"type":"restored_done","nonce":7,"problem":null}"#).unwrap();
-        assert_eq!(
-            answer,
-            ToHost::RestoredDone {
-                nonce: 7,
-                problem: None
-            }
-        );
+        // As in 1.1.
+        let plain = r#"{"type":"restored","nonce":18446744073709551615,"wall_us":1700000000000001,"entropy":"00ff"}"#;
+        assert_eq!(serde_json::to_string(&request).unwrap(), plain);
+        assert_eq!(serde_json::from_str::<ToGuest>(plain).unwrap(), request);
+        if let ToGuest::Restored { identity, .. } = &mut request {
+            *identity = Some(someone());
+        }
+        let whole = r#"{"type":"restored","nonce":18446744073709551615,"wall_us":1700000000000001,"entropy":"00ff","identity":{"hostname":"web-2","machine_id":"0123456789abcdef0123456789abcdef","network":{"mac":"02:00:0a:4d:00:05","address":"10.77.0.5","prefix":16,"gateway":"10.77.0.1","dns":["1.1.1.1"]}}}"#;
+        assert_eq!(serde_json::to_string(&request).unwrap(), whole);
+        assert_eq!(serde_json::from_str::<ToGuest>(whole).unwrap(), request);
+    }
+
+    #[test]
+    fn an_agent_that_knows_no_identity_did_not_take_it() {
+        let answer = |text| serde_json::from_str::<ToHost>(text).unwrap();
+        let done = |identity_applied| ToHost::RestoredDone {
+            nonce: 7,
+            problem: None,
+            identity_applied,
+        };
+        let old = r#"{"type":"restored_done","nonce":7,"problem":null}"#;
+        assert_eq!(answer(old), done(false));
+        let new = r#"{"type":"restored_done","nonce":7,"problem":null,"identity_applied":true}"#;
+        assert_eq!(answer(new), done(true));
+    }
+
+    fn someone() -> Identity {
+        Identity {
+            hostname: "web-2".into(),
+            machine_id: "0123456789abcdef0123456789abcdef".into(),
+            network: Some(GuestNetwork {
+                mac: "02:00:0a:4d:00:05".into(),
+                address: [10, 77, 0, 5].into(),
+                prefix: 16,
+                gateway: [10, 77, 0, 1].into(),
+                dns: vec![[1, 1, 1, 1].into()],
+            }),
+        }
+    }
+
+    #[test]
+    fn an_identity_nobody_can_take_is_refused_with_its_field() {
+        type Spoil = fn(&mut Identity);
+        let cases: [(&str, Spoil); 7] = [
+            ("hostname", |i| i.hostname = "a b".into()),
+            ("machine_id", |i| i.machine_id.truncate(31)),
+            ("machine_id", |i| i.machine_id.replace_range(..1, "F")),
+            ("machine_id", |i| i.machine_id = "0".repeat(32)),
+            ("network.mac", |i| {
+                i.network.as_mut().unwrap().mac = "01:00:0a:4d:00:05".into();
+            }),
+            ("network.mac", |i| {
+                i.network.as_mut().unwrap().mac = "02:00:0a:4d:00".into();
+            }),
+            ("network.prefix", |i| i.network.as_mut().unwrap().prefix = 0),
+        ];
+        assert!(someone().check().is_ok());
+        for (field, spoil) in cases {
+            let mut bad = someone();
+            spoil(&mut bad);
+            let message = bad.check().unwrap_err().to_string();
+            assert!(message.contains(&format!("{field}: ")), "{message}");
+        }
     }
 }

@@ -141,10 +141,7 @@ pub fn fsync_dir(path: &Path) -> io::Result<()> {
 /// file is removed again when a later step fails.
 pub fn create_sparse(path: &Path, size: u64) -> io::Result<()> {
     let (folder, _) = split(path)?;
-    let file = create_new(path).map_err(|e| at(e, "create", path))?;
-    let guard = Stage {
-        path: path.to_owned(),
-    };
+    let (guard, file) = create_guarded(path)?;
     file.set_len(size).map_err(|e| {
         let kind = e.kind();
         io::Error::new(
@@ -192,12 +189,18 @@ pub fn supports_reflink(dir: &Path) -> io::Result<bool> {
         .map_err(|e| at(e, "write", &source.path))?;
     match rustix::fs::ioctl_ficlone(&target_file, &source_file) {
         Ok(()) => Ok(true),
-        // ioctl_ficlone(2); which of them depends on the file system.
-        Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::INVAL | Errno::NOSYS | Errno::XDEV) => {
-            Ok(false)
-        }
+        Err(e) if cannot_reflink(e) => Ok(false),
         Err(e) => Err(at(e.into(), "clone a file inside", dir)),
     }
+}
+
+/// Whether `FICLONE`'s error says that these two files cannot share blocks, as opposed to a failure.
+pub(crate) fn cannot_reflink(e: Errno) -> bool {
+    // ioctl_ficlone(2); which of them depends on the file system.
+    matches!(
+        e,
+        Errno::OPNOTSUPP | Errno::NOTTY | Errno::INVAL | Errno::NOSYS | Errno::XDEV
+    )
 }
 
 /// Bytes available to us on the file system that holds `path`.
@@ -210,11 +213,29 @@ pub fn free_space(path: &Path) -> io::Result<u64> {
 /// Bytes really allocated by the tree below `path`.
 ///
 /// A file with several names in the tree counts once; links are not followed (but `path` itself
-/// may be one); what vanishes meanwhile counts nothing. Extents shared by reflinks count in each file.
+/// may be one); what vanishes meanwhile counts nothing. Extents shared by reflinks count in each file:
+/// [`crate::usage`] counts them once.
 pub fn allocated_bytes(path: &Path) -> io::Result<u64> {
-    let root = fs::metadata(path).map_err(|e| at(e, "inspect", path))?;
-    let mut total = root.blocks().saturating_mul(512);
+    let mut total = 0_u64;
     let mut seen = HashSet::new();
+    each_entry(path, |_, meta| {
+        if meta.is_dir() || meta.nlink() == 1 || seen.insert((meta.dev(), meta.ino())) {
+            // st_blocks counts units of 512 bytes, whatever the block size (inode(7)).
+            total = total.saturating_add(meta.blocks().saturating_mul(512));
+        }
+        Ok(())
+    })?;
+    Ok(total)
+}
+
+/// Visits `path`, which may be a link, and everything below it, where links are not followed. What vanishes
+/// meanwhile is left out.
+pub(crate) fn each_entry(
+    path: &Path,
+    mut visit: impl FnMut(&Path, &fs::Metadata) -> io::Result<()>,
+) -> io::Result<()> {
+    let root = fs::metadata(path).map_err(|e| at(e, "inspect", path))?;
+    visit(path, &root)?;
     let mut folders = if root.is_dir() {
         vec![path.to_owned()]
     } else {
@@ -233,21 +254,18 @@ pub fn allocated_bytes(path: &Path) -> io::Result<u64> {
                 Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
                 Err(e) => return Err(at(e, "inspect", &entry.path())),
             };
+            visit(&entry.path(), &meta)?;
             if meta.is_dir() {
                 folders.push(entry.path());
-            } else if meta.nlink() > 1 && !seen.insert((meta.dev(), meta.ino())) {
-                continue;
             }
-            // st_blocks counts units of 512 bytes, whatever the block size (inode(7)).
-            total = total.saturating_add(meta.blocks().saturating_mul(512));
         }
     }
-    Ok(total)
+    Ok(())
 }
 
 /// A file that disappears unless it reaches its place.
 #[derive(Debug)]
-struct Stage {
+pub(crate) struct Stage {
     path: PathBuf,
 }
 
@@ -283,7 +301,7 @@ impl Stage {
         Ok(())
     }
 
-    fn keep(mut self) {
+    pub(crate) fn keep(mut self) {
         self.path = PathBuf::new();
     }
 }
@@ -297,6 +315,13 @@ impl Drop for Stage {
             tracing::warn!(path = %self.path.display(), error = %e, "cannot remove a stage file");
         }
     }
+}
+
+/// A new file called `path`, mode 0600, that is removed again unless the guard is kept.
+pub(crate) fn create_guarded(path: &Path) -> io::Result<(Stage, File)> {
+    let file = create_new(path).map_err(|e| at(e, "create", path))?;
+    let path = path.to_owned();
+    Ok((Stage { path }, file))
 }
 
 fn create_new(path: &Path) -> io::Result<File> {
@@ -320,7 +345,7 @@ fn split(path: &Path) -> io::Result<(&Path, &OsStr)> {
 }
 
 /// The folder a name lives in: `.` for a bare name, `/` for the root.
-fn parent_of(path: &Path) -> &Path {
+pub(crate) fn parent_of(path: &Path) -> &Path {
     match path.parent() {
         None => path,
         Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
@@ -328,7 +353,7 @@ fn parent_of(path: &Path) -> &Path {
     }
 }
 
-fn at(e: io::Error, step: &str, path: &Path) -> io::Error {
+pub(crate) fn at(e: io::Error, step: &str, path: &Path) -> io::Error {
     io::Error::new(e.kind(), format!("cannot {step} {}: {e}", path.display()))
 }
 

@@ -88,6 +88,36 @@ pub struct MachineDescription {
     pub vmm_log: PathBuf,
     /// Append-only file that receives the guest program's output (second virtio-serial port).
     pub app_log: PathBuf,
+    /// The machine's generation (a UUID in lower case, see [`new_generation`]) for the guest's kernel, which mixes it
+    /// into its random numbers when it changes: another one for every boot, and for every load, so that
+    /// no two machines that came from one saved machine go on with the same random numbers. It may differ from the
+    /// saved machine's. `None`: the machine has no such device, and none can be added to a saved one. No effect on
+    /// boards that do not offer it to the guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generation: Option<String>,
+}
+
+impl MachineDescription {
+    /// Another generation for a machine that is about to be loaded; one without the device stays without.
+    ///
+    /// # Errors
+    /// When the kernel's random number generator cannot be read.
+    pub fn renew_generation(&mut self) -> std::io::Result<()> {
+        if self.generation.is_some() {
+            self.generation = Some(new_generation()?);
+        }
+        Ok(())
+    }
+}
+
+/// A generation that no machine has had.
+///
+/// # Errors
+/// When the kernel's random number generator cannot be read.
+pub fn new_generation() -> std::io::Result<String> {
+    // Version 4, by random(4).
+    let uuid = std::fs::read_to_string("/proc/sys/kernel/random/uuid")?;
+    Ok(uuid.trim_end().to_owned())
 }
 
 /// Where guest RAM lives.

@@ -3,7 +3,7 @@
 //! ```text
 //!   init ──started, exited, boot error──> Status ──on every new host──> Endpoint ──> host
 //!   host ──Exec──> one task per session (exec.rs)        host ──Shutdown──> requests ──> init
-//!   host ──Restored──> Kernel: clock, entropy (restored.rs)
+//!   host ──Restored──> Kernel: clock, entropy, identity (restored.rs)
 //! ```
 use std::{
     cell::RefCell,
@@ -208,9 +208,19 @@ impl Inner {
                 nonce,
                 wall_us,
                 entropy,
+                identity,
             } => {
-                let problem = restored::mend(&*self.kernel, wall_us, waited, &entropy);
-                self.tell(MAIN_STREAM, &ToHost::RestoredDone { nonce, problem });
+                let done =
+                    restored::mend(&*self.kernel, wall_us, waited, &entropy, identity.as_ref());
+                if let (Some(former), Some(identity)) = (&done.former_hostname, &identity) {
+                    self.rename(former, &identity.hostname);
+                }
+                let answer = ToHost::RestoredDone {
+                    nonce,
+                    problem: done.problem,
+                    identity_applied: done.former_hostname.is_some(),
+                };
+                self.tell(MAIN_STREAM, &answer);
             }
             ToGuest::Unknown => {
                 self.tell(
@@ -220,6 +230,15 @@ impl Inner {
                     },
                 );
             }
+        }
+    }
+
+    /// Commands of the host see the name that this guest has now; programs that run keep the environment they have.
+    fn rename(&self, former: &str, now: &str) {
+        if let Some(defaults) = self.exec.borrow_mut().as_mut()
+            && defaults.env.get("HOSTNAME") == Some(former)
+        {
+            defaults.env.set("HOSTNAME", now);
         }
     }
 

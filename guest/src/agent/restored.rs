@@ -4,23 +4,28 @@
 //! on disk twice. (CLOCK_MONOTONIC stood still and goes on; it is not touched.)
 //!
 //! ```text
-//!   Restored {wall_us, entropy} + time waited ──checked──> Kernel: set the clock, mix in, reseed
-//!                                                            └── what failed ──> RestoredDone {problem}
+//!   Restored {wall_us, entropy, identity} + time waited
+//!       ──checked──> Kernel: set the clock, mix in, reseed, take the identity
+//!                       └── what failed ──> RestoredDone {problem, identity_applied}
 //! ```
+//!
+//! Entropy first, identity last: whoever is woken by a new address finds fresh random numbers. Until the identity is
+//! taken, the programs of a copy see names and addresses of the guest it was copied from; what they send gets
+//! nowhere, because the host does not let the copy near the network before its answer.
 //!
 //! Every step is tried, whatever became of the ones before it: a guest with fresh entropy and a late clock
 //! is better than one with neither.
 use std::{io, os::fd::OwnedFd, time::Duration};
 
-use doze_agent::message::ENTROPY_BYTES;
+use doze_agent::message::{ENTROPY_BYTES, Identity};
 use rustix::{
     fs::{FileType, Mode, OFlags, fstat, makedev, open},
     time::{ClockId, Timespec, clock_settime},
 };
 
-use crate::sys;
+use crate::{init::identity::Me, sys};
 
-/// What of the running kernel a restore mends. A test must never set the clock of the machine it runs on.
+/// What of the running machine a restore mends. A test must never set the clock of the machine it runs on.
 pub trait Kernel {
     /// Sets CLOCK_REALTIME to this long after 1970-01-01 UTC.
     fn set_realtime(&self, since_1970: Duration) -> io::Result<()>;
@@ -28,11 +33,13 @@ pub trait Kernel {
     fn add_entropy(&self, bytes: &[u8]) -> io::Result<()>;
     /// Has the random number generator take what is in the pool at once.
     fn reseed(&self) -> io::Result<()>;
+    /// Makes the machine somebody else, and returns its former host name; what failed, in words.
+    fn take_identity(&self, identity: &Identity) -> Result<String, String>;
 }
 
-/// The kernel this program is the init of.
-#[derive(Debug, Clone, Copy)]
-pub struct ThisKernel;
+/// The kernel this program is the init of, and who it is if it booted.
+#[derive(Debug)]
+pub struct ThisKernel(pub Option<Me>);
 
 impl Kernel for ThisKernel {
     fn set_realtime(&self, since_1970: Duration) -> io::Result<()> {
@@ -53,6 +60,12 @@ impl Kernel for ThisKernel {
     fn reseed(&self) -> io::Result<()> {
         only_as_init()?;
         sys::reseed(&random_device()?)
+    }
+
+    fn take_identity(&self, identity: &Identity) -> Result<String, String> {
+        only_as_init().map_err(|e| e.to_string())?;
+        let me = self.0.as_ref();
+        me.ok_or("this guest did not come up")?.take(identity)
     }
 }
 
@@ -84,13 +97,23 @@ fn random_device() -> io::Result<OwnedFd> {
     Ok(device)
 }
 
-/// Does what the host asked; what failed is for it to read.
+/// What became of the host's request.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Outcome {
+    /// What failed, for the host to read.
+    pub(super) problem: Option<String>,
+    /// Of a machine that took another identity.
+    pub(super) former_hostname: Option<String>,
+}
+
+/// Does what the host asked.
 pub(super) fn mend(
     kernel: &dyn Kernel,
     wall_us: i64,
     waited: Duration,
     entropy: &str,
-) -> Option<String> {
+    identity: Option<&Identity>,
+) -> Outcome {
     let set = wall_clock(wall_us, waited).and_then(|now| {
         kernel
             .set_realtime(now)
@@ -104,11 +127,19 @@ pub(super) fn mend(
     let reseeded = kernel
         .reseed()
         .map_err(|e| format!("the random number generator was not reseeded: {e}"));
-    let failed: Vec<_> = [set, mixed, reseeded]
+    let (former_hostname, taken) = match identity.map(|i| kernel.take_identity(i)) {
+        Some(Ok(former)) => (Some(former), Ok(())),
+        Some(Err(e)) => (None, Err(format!("the identity was not taken: {e}"))),
+        None => (None, Ok(())),
+    };
+    let failed: Vec<_> = [set, mixed, reseeded, taken]
         .into_iter()
         .filter_map(Result::err)
         .collect();
-    (!failed.is_empty()).then(|| failed.join("; "))
+    Outcome {
+        problem: (!failed.is_empty()).then(|| failed.join("; ")),
+        former_hostname,
+    }
 }
 
 /// The time now: what it was when the message was made, and how long that is ago.
@@ -156,6 +187,7 @@ mod tests {
         clock: RefCell<Option<Duration>>,
         entropy: RefCell<Vec<u8>>,
         reseeded_with: RefCell<Option<Vec<u8>>>,
+        identity: RefCell<Option<(Identity, bool)>>,
         broken: bool,
     }
 
@@ -184,6 +216,57 @@ mod tests {
             *self.reseeded_with.borrow_mut() = Some(self.done(pool)?);
             Ok(())
         }
+
+        fn take_identity(&self, identity: &Identity) -> Result<String, String> {
+            let seeded = self.reseeded_with.borrow().is_some();
+            let done = self.done((identity.clone(), seeded));
+            *self.identity.borrow_mut() = Some(done.map_err(|e| e.to_string())?);
+            Ok("former".into())
+        }
+    }
+
+    fn mend(kernel: &Fake, wall_us: i64, waited: Duration, entropy: &str) -> Option<String> {
+        super::mend(kernel, wall_us, waited, entropy, None).problem
+    }
+
+    fn someone() -> Identity {
+        Identity {
+            hostname: "fork".into(),
+            machine_id: "ab".repeat(16),
+            network: None,
+        }
+    }
+
+    #[test]
+    fn an_identity_is_taken_last_and_only_when_asked() {
+        let kernel = Fake::default();
+        let done = |identity| {
+            let entropy = "ab".repeat(32);
+            super::mend(&kernel, WALL_US, Duration::ZERO, &entropy, identity)
+        };
+        let nothing = Outcome {
+            problem: None,
+            former_hostname: None,
+        };
+        assert_eq!(done(None), nothing);
+        assert_eq!(*kernel.identity.borrow(), None);
+        let outcome = done(Some(&someone()));
+        assert_eq!(outcome.former_hostname.as_deref(), Some("former"));
+        assert_eq!(*kernel.identity.borrow(), Some((someone(), true)));
+    }
+
+    #[test]
+    fn an_identity_that_was_not_taken_is_said() {
+        let kernel = Fake {
+            broken: true,
+            ..Fake::default()
+        };
+        let identity = someone();
+        let entropy = "ab".repeat(32);
+        let outcome = super::mend(&kernel, WALL_US, Duration::ZERO, &entropy, Some(&identity));
+        assert_eq!(outcome.former_hostname, None);
+        let problem = outcome.problem.unwrap();
+        assert!(problem.contains("identity was not taken"), "{problem}");
     }
 
     #[test]
@@ -242,9 +325,12 @@ mod tests {
         let refused = |done: io::Result<()>| {
             assert_eq!(done.unwrap_err().kind(), io::ErrorKind::PermissionDenied);
         };
-        refused(ThisKernel.set_realtime(Duration::MAX));
-        refused(ThisKernel.add_entropy(&[0; 32]));
-        refused(ThisKernel.reseed());
+        let kernel = ThisKernel(None);
+        refused(kernel.set_realtime(Duration::MAX));
+        refused(kernel.add_entropy(&[0; 32]));
+        refused(kernel.reseed());
+        let error = kernel.take_identity(&someone()).unwrap_err();
+        assert!(error.contains("not the init"), "{error}");
     }
 
     /// The generator of this machine gets back what it gave, which leaves it as good as it was. Without the

@@ -9,7 +9,9 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 use tokio::{sync::mpsc, time::timeout};
 
 use super::{
-    BootError, console, mounts,
+    BootError, console,
+    identity::Me,
+    mounts,
     program::{self, Plan, Program},
 };
 use crate::{
@@ -40,7 +42,8 @@ pub(super) async fn live(booted: Result<GuestConfig, BootError>, root: Option<&m
         Ok(children) => children,
         Err(error) => return console::say(format_args!("cannot watch processes: {error}")),
     };
-    let (agent, requests) = Agent::new(epoch(), children.clone(), Box::new(ThisKernel));
+    let kernel = ThisKernel(booted.as_ref().ok().map(Me::of));
+    let (agent, requests) = Agent::new(epoch(), children.clone(), Box::new(kernel));
     tokio::task::spawn_local(serve(agent.clone()));
     let planned = booted.and_then(|config| Ok((Plan::new(&config)?, config.skip_guest_agent)));
     let ran = match planned {

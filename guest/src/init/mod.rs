@@ -18,6 +18,7 @@ use crate::users::UserError;
 mod console;
 mod devices;
 mod files;
+pub mod identity;
 mod life;
 mod mounts;
 mod network;

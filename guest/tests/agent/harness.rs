@@ -14,7 +14,7 @@ use std::{
 use bytes::Bytes;
 use doze_agent::{
     client::{AgentClient, ExecEvent, ExecSession},
-    message::{ExecRequest, ProgramExit},
+    message::{ExecRequest, Identity, ProgramExit},
 };
 use doze_guest::{
     agent::{Agent, ExecDefaults, Kernel, Request},
@@ -45,7 +45,11 @@ pub enum Mended {
     Clock(Duration),
     Entropy(Vec<u8>),
     Reseeded,
+    Identity(Identity),
 }
+
+/// What the machine was called before it took an identity.
+pub const FORMER_HOSTNAME: &str = "source";
 
 /// A kernel that writes down what was asked of it, and fails at reseeding when told so.
 #[derive(Clone, Default)]
@@ -75,6 +79,15 @@ impl Kernel for Recorder {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
         self.did(Mended::Reseeded)
+    }
+
+    fn take_identity(&self, identity: &Identity) -> Result<String, String> {
+        if self.broken {
+            return Err("no device has the address".into());
+        }
+        self.did(Mended::Identity(identity.clone()))
+            .map_err(|e| e.to_string())?;
+        Ok(FORMER_HOSTNAME.into())
     }
 }
 

@@ -1,7 +1,11 @@
 //! Standby and restore, as the agent sees them: the connection lives, the host is another one.
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use doze_agent::client::{AgentClient, AgentError, ExecEvent};
+use doze_agent::{
+    client::{AgentClient, AgentError, ExecEvent},
+    config::machine_id,
+    message::Identity,
+};
 
 use crate::harness::*;
 
@@ -49,6 +53,69 @@ async fn what_the_guest_could_not_do_is_said() {
     assert!(
         problem.as_deref().is_some_and(|p| p.contains("reseeded")),
         "{problem:?}"
+    );
+}
+
+fn fork() -> Identity {
+    Identity {
+        hostname: "fork".into(),
+        machine_id: machine_id("fork"),
+        network: None,
+    }
+}
+
+#[tokio::test]
+async fn a_copy_becomes_somebody_else_before_it_answers() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("s");
+    let kernel = Recorder::default();
+    let called_as_before = |agent: &doze_guest::agent::Agent| {
+        let mut defaults = defaults();
+        defaults.env.set("HOSTNAME", FORMER_HOSTNAME);
+        agent.ready(defaults);
+    };
+    let _guest = Guest::on(kernel.clone(), &socket, Box::new(called_as_before));
+    let client = AgentClient::connect(socket);
+    let answer = client.restored([3; 32], PATIENCE).await.unwrap();
+    assert!(!answer.identity_applied);
+    let hostname = async || {
+        let mut session = client.exec(shell("echo $HOSTNAME")).await.unwrap();
+        String::from_utf8(finish(&mut session).await.0).unwrap()
+    };
+    assert_eq!(hostname().await, format!("{FORMER_HOSTNAME}\n"));
+    kernel.mended.lock().unwrap().clear();
+
+    let who = fork();
+    let asked = client.restored_as(&who, [4; 32], PATIENCE);
+    let answer = asked.await.unwrap();
+    assert_eq!((answer.identity_applied, answer.problem), (true, None));
+    let mended = kernel.mended.lock().unwrap().clone();
+    assert!(
+        matches!(&mended[..4], [Mended::Clock(_), Mended::Entropy(seed), Mended::Reseeded, Mended::Identity(taken)]
+            if *seed == [4; 32] && *taken == who),
+        "{mended:?}"
+    );
+    assert_eq!(hostname().await, "fork\n");
+}
+
+#[tokio::test]
+async fn a_copy_that_failed_to_become_somebody_else_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("s");
+    let kernel = Recorder {
+        broken: true,
+        ..Recorder::default()
+    };
+    let _guest = Guest::with_exec_on(kernel, &socket);
+    let client = AgentClient::connect(socket);
+    let who = fork();
+    let asked = client.restored_as(&who, [4; 32], PATIENCE);
+    let answer = asked.await.unwrap();
+    assert!(!answer.identity_applied);
+    let problem = answer.problem.unwrap();
+    assert!(
+        problem.contains("the identity was not taken: no device"),
+        "{problem}"
     );
 }
 

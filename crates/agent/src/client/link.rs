@@ -145,9 +145,17 @@ fn control(shared: &Shared, stream: u32, message: ToHost, waited: Duration) {
                 waiter.send(()).ok();
             }
         }
-        ToHost::RestoredDone { nonce, problem } => {
+        ToHost::RestoredDone {
+            nonce,
+            problem,
+            identity_applied,
+        } => {
             if let Some(waiter) = lock(&shared.restores).remove(&nonce) {
-                waiter.send(Reply::Done(problem)).ok();
+                let reply = Reply::Done {
+                    problem,
+                    identity_applied,
+                };
+                waiter.send(reply).ok();
             }
         }
         ToHost::Unsupported { text } => {

@@ -5,6 +5,9 @@
 //!                    └── Unsupported (agent of 1.0) ─> Ping ─> Pong ─> Answer with a problem
 //! ```
 //!
+//! A copy of another guest gets its identity in the same message. It has it only when its agent says so: one of
+//! 1.1 does not know the field, does the rest, and answers without a word about it.
+//!
 //! The nonce did not exist when the snapshot was made, so the answer can come from nobody but a guest that
 //! runs now. The clock is read when the message is made, which is after the handshake; what it waits here
 //! travels in its frame. What it waits on the way is known only afterwards, and bounded by the round trip:
@@ -14,19 +17,23 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::oneshot;
 
 use super::{AgentClient, AgentError, MAIN_STREAM, Shared, ToGuest, lock};
-use crate::message::version_text;
+use crate::message::{Identity, version_text};
 
 /// A guest's clock may be late by at most this much, or it is set again.
 const CLOCK_WITHIN: Duration = Duration::from_millis(500);
 const ATTEMPTS: u32 = 3;
 /// The version that brought [`ToGuest::Restored`].
 const SINCE: u32 = 1 << 16 | 1;
+/// The version that brought its identity.
+const IDENTITY_SINCE: u32 = 1 << 16 | 2;
 
 /// That a restored guest answered, and what it could not do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Answer {
-    /// What of clock and entropy is not as it should be; the guest runs all the same.
+    /// What of clock, entropy and identity is not as it should be; the guest runs all the same.
     pub problem: Option<String>,
+    /// It took the identity that it was given, and says so. Without it a copy still is who it was copied from.
+    pub identity_applied: bool,
     /// From the last request to its answer: the clock, if set, is late by less.
     pub round_trip: Duration,
     /// When the first answer came: since then it is known to run.
@@ -35,7 +42,10 @@ pub struct Answer {
 
 /// What the guest said to one request.
 pub(super) enum Reply {
-    Done(Option<String>),
+    Done {
+        problem: Option<String>,
+        identity_applied: bool,
+    },
     Unsupported(String),
 }
 
@@ -54,18 +64,51 @@ impl AgentClient {
         entropy: [u8; 32],
         timeout: Duration,
     ) -> Result<Answer, AgentError> {
+        self.restored_with(entropy, None, timeout).await
+    }
+
+    /// [`restored`](Self::restored) for a copy of another guest, which becomes `identity` before it answers. It
+    /// did only if [`Answer::identity_applied`]; why not is the problem. May be called again: who has the
+    /// identity already takes it once more.
+    ///
+    /// # Errors
+    /// As [`restored`](Self::restored); [`AgentError::Refused`] for an identity that no guest can take.
+    pub async fn restored_as(
+        &self,
+        identity: &Identity,
+        entropy: [u8; 32],
+        timeout: Duration,
+    ) -> Result<Answer, AgentError> {
+        let refused = |e: crate::config::ConfigError| AgentError::Refused(e.to_string());
+        identity.check().map_err(refused)?;
+        self.restored_with(entropy, Some(identity), timeout).await
+    }
+
+    async fn restored_with(
+        &self,
+        entropy: [u8; 32],
+        identity: Option<&Identity>,
+        timeout: Duration,
+    ) -> Result<Answer, AgentError> {
         let shared = &self.handle.shared;
         let begun = Instant::now();
         let left = || timeout.saturating_sub(begun.elapsed());
-        let mut answer = self.restored_once(entropy, timeout, left()).await?;
+        let first = Request { entropy, identity };
+        let mut answer = self.restored_once(first, timeout, left()).await?;
         for _ in 1..ATTEMPTS {
             if !answer.late() {
                 break;
             }
-            match self.restored_once(rand::random(), timeout, left()).await {
+            // Only the clock is late. Its network would be taken down once more for the same identity.
+            let again = Request {
+                entropy: rand::random(),
+                identity: None,
+            };
+            match self.restored_once(again, timeout, left()).await {
                 Ok(better) => {
                     answer = Answer {
                         at: answer.at,
+                        identity_applied: answer.identity_applied,
                         ..better
                     }
                 }
@@ -89,26 +132,39 @@ impl AgentClient {
 
     async fn restored_once(
         &self,
-        entropy: [u8; 32],
+        request: Request<'_>,
         timeout: Duration,
         left: Duration,
     ) -> Result<Answer, AgentError> {
         let shared = &self.handle.shared;
         let nonce = rand::random();
-        let asked = shared.within(left, ask(shared, nonce, entropy, left)).await;
+        let asked = shared.within(left, ask(shared, nonce, request, left)).await;
         lock(&shared.restores).remove(&nonce);
+        let wanted = request.identity.is_some();
         match asked.map_err(|e| of_whole(e, timeout))? {
-            (Reply::Done(problem), round_trip) => Ok(Answer {
-                problem,
+            (
+                Reply::Done {
+                    problem,
+                    identity_applied,
+                },
                 round_trip,
-                at: Instant::now(),
-            }),
+            ) => {
+                let not_taken = wanted && !identity_applied && problem.is_none();
+                let protocol = shared.endpoint.peer_protocol();
+                Ok(Answer {
+                    problem: problem.or_else(|| not_taken.then(|| no_identity(protocol))),
+                    identity_applied: wanted && identity_applied,
+                    round_trip,
+                    at: Instant::now(),
+                })
+            }
             (Reply::Unsupported(text), waited) => {
                 let begun = Instant::now();
                 let alive = self.ping(left.saturating_sub(waited)).await;
                 alive.map_err(|e| of_whole(e, timeout))?;
                 Ok(Answer {
                     problem: Some(unsupported(shared.endpoint.peer_protocol(), &text)),
+                    identity_applied: false,
                     round_trip: begun.elapsed(),
                     at: Instant::now(),
                 })
@@ -124,11 +180,18 @@ impl Answer {
     }
 }
 
+/// What one request asks for beside the clock.
+#[derive(Clone, Copy)]
+struct Request<'a> {
+    entropy: [u8; 32],
+    identity: Option<&'a Identity>,
+}
+
 /// One request and its answer, from the handshake on.
 async fn ask(
     shared: &Shared,
     nonce: u64,
-    entropy: [u8; 32],
+    request: Request<'_>,
     within: Duration,
 ) -> Result<(Reply, Duration), AgentError> {
     shared.reached(|v| v.connected).await?;
@@ -141,7 +204,8 @@ async fn ask(
     let request = ToGuest::Restored {
         nonce,
         wall_us: wall_us(SystemTime::now()),
-        entropy: hex::encode(entropy),
+        entropy: hex::encode(request.entropy),
+        identity: request.identity.cloned(),
     };
     let begun = Instant::now();
     shared.endpoint.send(MAIN_STREAM, &request)?;
@@ -166,6 +230,16 @@ fn unsupported(protocol: Option<u32>, text: &str) -> String {
         _ => format!(
             "the guest's agent neither set its clock nor reseeded: it did not understand the request ({text})"
         ),
+    }
+}
+
+fn no_identity(protocol: Option<u32>) -> String {
+    match protocol {
+        Some(version) if version < IDENTITY_SINCE => format!(
+            "the guest's agent is of protocol {} and cannot take an identity of its own",
+            version_text(version)
+        ),
+        _ => "the guest's agent did not say that it took an identity of its own".to_owned(),
     }
 }
 

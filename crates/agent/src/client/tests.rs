@@ -7,7 +7,7 @@ use tokio::{net::UnixListener, sync::mpsc};
 
 use super::*;
 use crate::{
-    message::{ENTROPY_BYTES, ToHost},
+    message::{ENTROPY_BYTES, Identity, ToHost},
     session::Event,
 };
 
@@ -63,11 +63,38 @@ impl Guest {
                     nonce,
                     wall_us,
                     entropy,
+                    identity: None,
                 },
                 waited,
             ) => (nonce, wall_us, entropy, waited),
             other => panic!("{other:?}"),
         }
+    }
+
+    /// The nonce of the next request, which is about a copy that becomes somebody.
+    async fn hears_identity(&mut self) -> (u64, Identity) {
+        match self.hears().await {
+            (
+                MAIN_STREAM,
+                ToGuest::Restored {
+                    nonce,
+                    identity: Some(identity),
+                    ..
+                },
+                _,
+            ) => (nonce, identity),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn answers(&self, nonce: u64, problem: Option<&str>, identity_applied: bool) {
+        let problem = problem.map(str::to_owned);
+        let done = ToHost::RestoredDone {
+            nonce,
+            problem,
+            identity_applied,
+        };
+        self.says(MAIN_STREAM, &done);
     }
 
     async fn begins(&mut self) -> u32 {
@@ -119,6 +146,22 @@ fn restored(client: &AgentClient) -> JoinHandle<Result<Answer, AgentError>> {
     tokio::spawn(async move { client.restored([0xc4; 32], PATIENCE).await })
 }
 
+fn restored_as(
+    client: &AgentClient,
+    identity: &Identity,
+) -> JoinHandle<Result<Answer, AgentError>> {
+    let (client, identity) = (client.clone(), identity.clone());
+    tokio::spawn(async move { client.restored_as(&identity, [0xc4; 32], PATIENCE).await })
+}
+
+fn someone() -> Identity {
+    Identity {
+        hostname: "fork".into(),
+        machine_id: crate::config::machine_id("fork"),
+        network: None,
+    }
+}
+
 async fn exec(client: &AgentClient, guest: &mut Guest) -> (ExecSession, u32) {
     client.handle.shared.reached(|v| v.connected).await.unwrap();
     let (session, stream) = tokio::join!(client.exec(ExecRequest::default()), guest.begins());
@@ -167,19 +210,11 @@ async fn restored_says_the_time_of_the_message_and_returns_the_guests_answer() {
         assert_eq!(entropy, "c4".repeat(32));
         assert!(ENTROPY_BYTES.contains(&(entropy.len() / 2)));
         // An answer to something else, such as an earlier restore, proves nothing.
-        let wrong = ToHost::RestoredDone {
-            nonce: nonce ^ 1,
-            problem: Some("wrong".into()),
-        };
-        guest.says(MAIN_STREAM, &wrong);
-        guest.says(
-            MAIN_STREAM,
-            &ToHost::RestoredDone {
-                nonce,
-                problem: problem.clone(),
-            },
-        );
-        assert_eq!(call.await.unwrap().unwrap().problem, problem);
+        guest.answers(nonce ^ 1, Some("wrong"), false);
+        // It was given no identity, so it has none.
+        guest.answers(nonce, problem.as_deref(), true);
+        let answer = call.await.unwrap().unwrap();
+        assert_eq!((answer.problem, answer.identity_applied), (problem, false));
     }
 }
 
@@ -191,15 +226,11 @@ async fn a_clock_that_may_be_late_is_set_again() {
     let (first, _, seed, _) = guest.hears_restored().await;
     // The guest is slow, which is what the client measures.
     tokio::time::sleep(Duration::from_millis(600)).await;
-    let done = |nonce| ToHost::RestoredDone {
-        nonce,
-        problem: None,
-    };
-    guest.says(MAIN_STREAM, &done(first));
+    guest.answers(first, None, false);
     let (second, _, other_seed, _) = guest.hears_restored().await;
     assert_ne!(second, first);
     assert_ne!(other_seed, seed, "no bit of entropy counts twice");
-    guest.says(MAIN_STREAM, &done(second));
+    guest.answers(second, None, false);
     assert!(call.await.unwrap().is_ok());
 }
 
@@ -213,13 +244,7 @@ async fn a_guest_that_answers_once_and_slowly_is_alive_with_a_problem() {
     };
     let (nonce, ..) = guest.hears_restored().await;
     tokio::time::sleep(Duration::from_millis(600)).await;
-    guest.says(
-        MAIN_STREAM,
-        &ToHost::RestoredDone {
-            nonce,
-            problem: None,
-        },
-    );
+    guest.answers(nonce, None, false);
     let answer = call.await.unwrap().unwrap();
     assert!(answer.problem.unwrap().contains("may be late"));
 }
@@ -239,6 +264,68 @@ async fn an_agent_of_protocol_1_0_is_proved_alive_by_a_ping() {
     assert_eq!(
         call.await.unwrap().unwrap().problem.as_deref(),
         Some("the guest's agent is of protocol 1.0 and can neither set its clock nor reseed")
+    );
+}
+
+/// A copy that does not say so did not become somebody else, whatever else it says.
+#[tokio::test]
+async fn a_copy_has_its_identity_when_its_agent_says_so() {
+    let cases: [(u32, Option<&str>, bool, Option<&str>); 4] = [
+        (2, None, true, None),
+        (
+            2,
+            Some("the host name was not set"),
+            false,
+            Some("the host name was not set"),
+        ),
+        (2, None, false, Some("did not say")),
+        (1, None, false, Some("is of protocol 1.1 and cannot")),
+    ];
+    for (minor, said, applied, problem) in cases {
+        let mut guest = Guest::listen(1 << 16 | minor);
+        let client = guest.client();
+        let call = restored_as(&client, &someone());
+        let (nonce, identity) = guest.hears_identity().await;
+        assert_eq!(identity, someone());
+        guest.answers(nonce, said, applied);
+        let answer = call.await.unwrap().unwrap();
+        assert_eq!(answer.identity_applied, applied);
+        match (problem, answer.problem) {
+            (None, None) => {}
+            (Some(wanted), Some(got)) => assert!(got.contains(wanted), "{got}"),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_identity_is_given_once_also_when_the_clock_is_set_again() {
+    let mut guest = Guest::listen(crate::message::PROTOCOL);
+    let client = guest.client();
+    let call = restored_as(&client, &someone());
+    let (first, _) = guest.hears_identity().await;
+    // The guest is slow, which is what the client measures.
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    guest.answers(first, None, true);
+    let (second, ..) = guest.hears_restored().await;
+    guest.answers(second, None, false);
+    let answer = call.await.unwrap().unwrap();
+    assert!(answer.identity_applied && answer.problem.is_none());
+}
+
+#[tokio::test]
+async fn an_identity_nobody_can_take_is_refused_before_it_is_sent() {
+    let guest = Guest::listen(crate::message::PROTOCOL);
+    let nameless = Identity {
+        hostname: String::new(),
+        ..someone()
+    };
+    let client = guest.client();
+    let asked = client.restored_as(&nameless, [0; 32], PATIENCE);
+    let error = asked.await.unwrap_err();
+    assert!(
+        matches!(&error, AgentError::Refused(t) if t.contains("hostname")),
+        "{error}"
     );
 }
 

@@ -193,6 +193,10 @@ async fn describe(instance: &Instance) -> Result<MachineDescription, EngineError
         run_dir: dir.join(RUN_DIR),
         vmm_log: dir.join(VMM_LOG),
         app_log: dir.join(APP_LOG),
+        generation: Some(
+            doze_vmm::new_generation()
+                .map_err(crate::context::io_error("making a machine's generation"))?,
+        ),
     })
 }
 

@@ -87,9 +87,14 @@ impl Guest {
         let habits = world.state().habits;
         match message {
             ToGuest::Ping { nonce } => self.tell(&ToHost::Pong { nonce }),
-            ToGuest::Restored { nonce, .. } if !habits.mute => {
-                let problem = None;
-                self.tell(&ToHost::RestoredDone { nonce, problem });
+            ToGuest::Restored {
+                nonce, identity, ..
+            } if !habits.mute => {
+                self.tell(&ToHost::RestoredDone {
+                    nonce,
+                    problem: None,
+                    identity_applied: identity.is_some(),
+                });
             }
             ToGuest::Shutdown { .. } => {
                 self.tell(&ToHost::ShuttingDown);

@@ -84,26 +84,25 @@ impl Links {
         }
     }
 
-    /// The ports of a bridge. Begun anew until no link came or went meanwhile, because a listing
-    /// that was disturbed may lack some.
-    pub(super) async fn ports(&self, bridge: u32) -> Result<Vec<Link>, NetError> {
+    /// All links. Begun anew until none came or went meanwhile, because a listing that was disturbed may
+    /// lack some.
+    pub(super) async fn all(&self) -> Result<Vec<Link>, NetError> {
         for _ in 0..LISTINGS {
-            if let Some(links) = self.list_ports(bridge).await? {
+            if let Some(links) = self.list().await? {
                 return Ok(links);
             }
         }
         Err(NetError::Failed {
-            context: "listing the bridge's ports".into(),
+            context: "listing the links".into(),
             message: format!("links came and went during each of {LISTINGS} attempts; try again"),
         })
     }
 
-    async fn list_ports(&self, bridge: u32) -> Result<Option<Vec<Link>>, NetError> {
-        let mut wanted = LinkMessage::default();
-        wanted.attributes.push(LinkAttribute::Controller(bridge));
+    async fn list(&self) -> Result<Option<Vec<Link>>, NetError> {
+        let wanted = LinkMessage::default();
         let mut request = NetlinkMessage::from(RouteNetlinkMessage::GetLink(wanted));
         request.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
-        let context = "listing the bridge's ports";
+        let context = "listing the links";
         let mut handle = self.0.clone();
         let mut answers = handle.request(request).map_err(|e| failed(context, &e))?;
         let mut links = Vec::new();
@@ -121,8 +120,6 @@ impl Links {
                 _ => {}
             }
         }
-        // The kernel's own filter came late; ours is certain.
-        links.retain(|link| link.master == Some(bridge));
         Ok((!disturbed).then_some(links))
     }
 
@@ -209,17 +206,17 @@ impl Links {
         self.change(message, "setting a link's alias").await
     }
 
-    /// Makes the TAP a port of the bridge, its alias first.
-    pub(super) async fn enslave(
-        &self,
-        index: u32,
-        alias: &str,
-        bridge: u32,
-    ) -> Result<(), NetError> {
-        self.set_alias(index, alias).await?;
+    /// Makes the TAP a port of the bridge.
+    pub(super) async fn enslave(&self, index: u32, bridge: u32) -> Result<(), NetError> {
         let message = LinkUnspec::new_with_index(index).controller(bridge).build();
         self.change(message, "making the TAP a port of the bridge")
             .await
+    }
+
+    /// Makes the TAP nobody's port.
+    pub(super) async fn release(&self, index: u32) -> Result<(), NetError> {
+        let message = LinkUnspec::new_with_index(index).nocontroller().build();
+        self.change(message, "taking the TAP off the bridge").await
     }
 
     /// `isolated`: talks to the bridge itself only, not to other isolated ports. `learning off`, `flood off`:
@@ -290,6 +287,11 @@ impl Links {
     pub(super) async fn set_up(&self, index: u32) -> Result<(), NetError> {
         let message = LinkUnspec::new_with_index(index).up().build();
         self.change(message, "setting the link up").await
+    }
+
+    pub(super) async fn set_down(&self, index: u32) -> Result<(), NetError> {
+        let message = LinkUnspec::new_with_index(index).down().build();
+        self.change(message, "setting the link down").await
     }
 
     /// Also while a process has the TAP open; gone already is fine.

@@ -15,6 +15,8 @@
 //!
 //! Invariants:
 //! - A TAP's anti-spoofing rules exist before it is a port, and it is isolated before it is up.
+//! - A TAP that is not a port yet is down, so that nothing its guest sends gets anywhere; its alias tells from
+//!   which bridge it is kept, so that no other server takes it for its own.
 //! - [`Network::ensure`] on a running server's network is one atomic change of the rules it owns:
 //!   no moment in which guests are cut off or not isolated.
 //! - Everything is idempotent, so a call that was cut off is mended by making it again.
@@ -62,7 +64,7 @@ pub struct NetworkConfig {
 pub struct TapConfig {
     /// A link name: 1 to 15 characters of `[a-z0-9-]`.
     pub tap: String,
-    /// Stored as the link's alias; the full instance id. 1 to 255 bytes.
+    /// Stored in the link's alias; the full instance id. 1 to 239 bytes without '/'.
     pub alias: String,
     /// The guest's MAC, for example `02:00:0a:4d:00:02`.
     pub mac: String,
@@ -197,10 +199,35 @@ impl Network {
             let bridge = self.bridge(&links).await?;
             let link = self.ensure_tap_link(&links, &port, &bridge).await?;
             sysctl::disable_ipv6(&port.tap)?;
-            links.enslave(link.index, &port.alias, bridge.index).await?;
+            links.enslave(link.index, bridge.index).await?;
+            // As a port it is known by its bridge; until then, by the alias it had.
+            links.set_alias(link.index, &port.alias).await?;
             links.isolate(link.index).await?;
             links.set_forwarding(link.index, port.mac).await?;
             links.set_up(link.index).await
+        })
+        .await
+    }
+
+    /// Creates the TAP for a guest that must not reach the network yet, because it wakes with the addresses of
+    /// another one: a VMM can open it, its rules are there, but it is down and no port of the bridge. Idempotent;
+    /// a TAP that is attached is detached. [`ensure_tap`](Self::ensure_tap) attaches it, also while a VMM has it
+    /// open.
+    ///
+    /// # Errors
+    /// As [`ensure_tap`](Self::ensure_tap).
+    pub async fn ensure_tap_detached(&self, tap: &TapConfig) -> Result<(), NetError> {
+        let port = Port::new(tap, &self.base)?;
+        let rules = ruleset::add_port(&self.base, &port);
+        self.apply("installing the TAP's rules", &rules).await?;
+        Links::run(async |links| {
+            let bridge = self.bridge(&links).await?;
+            let link = self.ensure_tap_link(&links, &port, &bridge).await?;
+            sysctl::disable_ipv6(&port.tap)?;
+            links.set_down(link.index).await?;
+            links.set_alias(link.index, &port.detached_alias).await?;
+            // Its forwarding entries go with it.
+            links.release(link.index).await
         })
         .await
     }
@@ -217,8 +244,8 @@ impl Network {
         };
         if let Some(link) = links.find(&port.tap).await? {
             let info = self.own_tap(&link, Some(bridge.index))?;
-            if !link.alias.is_empty() && link.alias != port.alias {
-                let (holder, us) = (&link.alias, &port.alias);
+            let (holder, us) = (self.base.instance_of(&link.alias), &port.alias);
+            if !holder.is_empty() && holder != us {
                 return Err(refuse(format!(
                     "it belongs to the instance {holder}, not to {us}; delete one of the two"
                 )));
@@ -235,9 +262,15 @@ impl Network {
                 return Ok(link);
             }
         }
-        tun::make(&port.tap, port.owner)?;
+        let unkept = tun::make(&port.tap, port.owner)?;
         let made = links.find(&port.tap).await?;
-        made.ok_or_else(|| refuse("it vanished as soon as it was made".into()))
+        let made = made.ok_or_else(|| refuse("it vanished as soon as it was made".into()))?;
+        // Before it can outlive us: what a crash leaves behind says whose it is.
+        if made.alias.is_empty() {
+            links.set_alias(made.index, &port.detached_alias).await?;
+        }
+        unkept.keep(&port.tap)?;
+        Ok(made)
     }
 
     /// Removes the TAP and its rules; absent is fine. A VMM that still has it open loses it.
@@ -264,18 +297,27 @@ impl Network {
         self.apply("removing the TAP's rules", &rules).await
     }
 
-    /// TAPs on our bridge with their alias, for reconciling at start-up.
+    /// TAPs on our bridge, and those that are kept from it, with their instance (the alias they were given), for
+    /// reconciling at start-up.
     ///
     /// # Errors
     /// When the kernel refuses, or the bridge is absent or not ours: then nothing is known.
     pub async fn list_taps(&self) -> Result<Vec<(String, String)>, NetError> {
         Links::run(async |links| {
             let bridge = self.bridge(&links).await?;
-            let ports = links.ports(bridge.index).await?;
-            Ok(ports
+            let ours = |link: &Link| {
+                matches!(link.kind, Kind::Tap(_))
+                    && match link.master {
+                        Some(master) => master == bridge.index,
+                        None => self.base.is_detached(&link.alias),
+                    }
+            };
+            Ok(links
+                .all()
+                .await?
                 .into_iter()
-                .filter(|port| matches!(port.kind, Kind::Tap(_)))
-                .map(|port| (port.name, port.alias))
+                .filter(ours)
+                .map(|tap| (tap.name, self.base.instance_of(&tap.alias).to_owned()))
                 .collect())
         })
         .await
@@ -304,10 +346,14 @@ impl Network {
         Ok(link)
     }
 
-    /// A TAP is ours as a port of our bridge, or of none: then it is half-made.
+    /// A TAP is ours as a port of our bridge, or of none unless another server keeps it for its own bridge.
     fn own_tap(&self, link: &Link, bridge: Option<u32>) -> Result<TapInfo, NetError> {
+        let ours = match link.master {
+            Some(_) => link.master == bridge,
+            None => !names::is_detached_from_any(&link.alias) || self.base.is_detached(&link.alias),
+        };
         match link.kind {
-            Kind::Tap(info) if link.master.is_none() || link.master == bridge => Ok(info),
+            Kind::Tap(info) if ours => Ok(info),
             _ => Err(NetError::Failed {
                 context: format!("the TAP {}", link.name),
                 message: format!(

@@ -8,6 +8,8 @@ use super::{NetError, NetworkConfig, TapConfig};
 const NAME_MAX: usize = 15;
 /// IFALIASZ without the closing zero (linux/if.h).
 const ALIAS_MAX: usize = 255;
+/// Between a bridge and an instance in the alias of a TAP that is no port of the bridge. A bridge's name has none.
+const DETACHED: char = '/';
 
 /// A link's name: 1 to 15 characters of `[a-z0-9-]`, not starting with `-`.
 ///
@@ -152,11 +154,39 @@ impl Base {
     }
 }
 
+impl Base {
+    /// Whether the alias is one that we give to a TAP that is kept from our bridge.
+    pub(super) fn is_detached(&self, alias: &str) -> bool {
+        self.detached(alias).is_some()
+    }
+
+    /// The instance that an alias of ours names, whether the TAP is on the bridge or kept from it.
+    pub(super) fn instance_of<'a>(&self, alias: &'a str) -> &'a str {
+        self.detached(alias).unwrap_or(alias)
+    }
+
+    fn detached<'a>(&self, alias: &'a str) -> Option<&'a str> {
+        alias
+            .strip_prefix(self.bridge.as_str())?
+            .strip_prefix(DETACHED)
+    }
+}
+
+/// Whether the alias is that of a TAP that is kept from some doze server's bridge.
+pub(super) fn is_detached_from_any(alias: &str) -> bool {
+    alias
+        .split_once(DETACHED)
+        .is_some_and(|(bridge, _)| LinkName::new("bridge", bridge).is_ok())
+}
+
 /// A checked [`TapConfig`].
 #[derive(Debug, Clone)]
 pub(super) struct Port {
     pub(super) tap: LinkName,
+    /// On the bridge.
     pub(super) alias: String,
+    /// As long as it is kept from the bridge.
+    pub(super) detached_alias: String,
     pub(super) mac: Mac,
     pub(super) ip: Ipv4Addr,
     pub(super) owner: Option<u32>,
@@ -169,8 +199,9 @@ impl Port {
             return Err(invalid("tap", &name, "a name other than the bridge's"));
         }
         let alias = &tap.alias;
-        if alias.is_empty() || alias.len() > ALIAS_MAX || alias.chars().any(char::is_control) {
-            let allowed = "1 to 255 bytes without control characters";
+        let characters = !alias.chars().any(|c| c.is_control() || c == DETACHED);
+        if alias.is_empty() || alias.len() > ALIAS_MAX - NAME_MAX - 1 || !characters {
+            let allowed = "1 to 239 bytes without control characters and '/'";
             return Err(invalid("alias", alias.escape_debug(), allowed));
         }
         let mac = Mac::station(&tap.mac)?;
@@ -183,6 +214,7 @@ impl Port {
         }
         Ok(Self {
             tap: name,
+            detached_alias: format!("{}{DETACHED}{alias}", base.bridge),
             alias: alias.clone(),
             mac,
             ip: tap.ip,
@@ -290,11 +322,12 @@ mod tests {
         let base = Base::new(&config()).unwrap();
         let port = Port::new(&tap(), &base).unwrap();
         assert_eq!(port.mac.to_string(), "02:00:0a:4d:00:02");
-        let cases: [Case<TapConfig>; 11] = [
+        let cases: [Case<TapConfig>; 12] = [
             ("tap", |t| t.tap = "doze0".into()),
             ("tap", |t| t.tap = "x;flush".into()),
             ("alias", |t| t.alias = String::new()),
             ("alias", |t| t.alias = "a\nb".into()),
+            ("alias", |t| t.alias = "doze0/a".into()),
             ("mac", |t| t.mac = "02:00:0a:4d:00".into()),
             ("mac", |t| t.mac = "01:00:0a:4d:00:02".into()),
             ("mac", |t| t.mac = "00:00:00:00:00:00".into()),

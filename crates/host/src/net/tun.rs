@@ -24,13 +24,24 @@ struct InterfaceRequest {
     rest: [u8; 22],
 }
 
-/// Makes the TAP persistent, or attaches to it where it exists, and gives it an owner.
-pub(super) fn make(name: &LinkName, owner: Option<u32>) -> Result<(), NetError> {
+/// A TAP that we have open. If it was new, it vanishes with this, unless it is kept.
+#[derive(Debug)]
+pub(super) struct Unkept(OwnedFd);
+
+/// Makes the TAP, or attaches to it where it exists, and gives it an owner.
+pub(super) fn make(name: &LinkName, owner: Option<u32>) -> Result<Unkept, NetError> {
     let tap = attach(name)?;
     // A TAP without an owner is open to everybody who may open /dev/net/tun, by default all users.
     number(&tap, libc::TUNSETOWNER, owner.unwrap_or(ROOT).into())
         .map_err(|e| failed(name, "set the owner of", &e))?;
-    number(&tap, libc::TUNSETPERSIST, 1).map_err(|e| failed(name, "keep", &e))
+    Ok(Unkept(tap))
+}
+
+impl Unkept {
+    /// Makes the TAP persistent, and lets go of it.
+    pub(super) fn keep(self, name: &LinkName) -> Result<(), NetError> {
+        number(&self.0, libc::TUNSETPERSIST, 1).map_err(|e| failed(name, "keep", &e))
+    }
 }
 
 /// A descriptor that reads what is sent to the guest behind the TAP, and writes what it sends; each

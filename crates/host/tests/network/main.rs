@@ -3,6 +3,7 @@
 //!
 //! Needs root and /dev/net/tun; without them the tests fail.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+mod detached;
 mod frames;
 mod isolation;
 mod outside;

@@ -127,8 +127,14 @@ impl Guest {
     }
 
     pub fn send(&self, frame: &[u8]) {
+        self.try_send(frame).unwrap();
+    }
+
+    /// `EIO` when the TAP is down.
+    pub fn try_send(&self, frame: &[u8]) -> Result<(), Errno> {
         let bytes = [&[0; VNET_HEADER][..], frame].concat();
-        assert_eq!(rustix::io::write(&self.wire, &bytes).unwrap(), bytes.len());
+        assert_eq!(rustix::io::write(&self.wire, &bytes)?, bytes.len());
+        Ok(())
     }
 
     /// To the gateway's MAC, as a router wants it.

@@ -31,6 +31,8 @@ const WANTED: &[(&str, Need)] = &[
     ("virtio_balloon", Need::May),
     // Without it a kernel panic looks like a shutdown.
     ("pvpanic_mmio", Need::May),
+    // Without it the kernel does not notice that its machine was copied.
+    ("vmgenid", Need::May),
     // The control channel of monitors that have a vsock.
     ("vsock", Need::May),
     ("vmw_vsock_virtio_transport", Need::May),

@@ -129,6 +129,7 @@ impl Bench {
             run_dir: folder.path().to_owned(),
             vmm_log: at("vmm.log"),
             app_log: at("app.log"),
+            generation: None,
         };
         Self {
             monitor,

@@ -1,7 +1,8 @@
 /* PID 1 of the test guest: loads the modules of the initramfs in the order of their names, reports what
  * it sees on the console, then ticks and obeys single letters from the control port:
  * p power off, r reboot, c crash (PID 1 ends: the kernel panics), e echo, m or M fill 64 or 300 MiB with a
- * pattern and answer, v answer E if the pattern is there, else B, f free them and answer. */
+ * pattern and answer, v answer E if the pattern is there, else B, f free them and answer, u answer with the kernel's
+ * next random UUID, read as soon as the letter is. */
 #include <dirent.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -97,6 +98,7 @@ int main(void)
 	int app = open_port("doze.app.0"), control = open_port("doze.agent.0");
 	printf("test: ports app=%d control=%d\n", app >= 0, control >= 0);
 	dprintf(app, "hello from the program\n");
+	printf("test: generation driver=%d\n", !access("/sys/bus/acpi/drivers/vmgenid", F_OK));
 	printf("test: ready\n");
 	for (int i = 0;; i++) {
 		char c;
@@ -124,6 +126,11 @@ int main(void)
 		}
 		if (c == 'f')
 			munmap(filled, size);
+		if (c == 'u') {
+			char uuid[100];
+			read_line("/proc/sys/kernel/random/uuid", uuid, sizeof uuid);
+			write(control, uuid, 36);
+		}
 		if (c == 'e' || c == 'm' || c == 'M' || c == 'f')
 			write(control, "E", 1);
 	}

@@ -12,6 +12,7 @@ macro_rules! on_both_boards {
 
 mod failures;
 mod fixture;
+mod generation;
 mod interrupted;
 mod life;
 mod network;

@@ -34,6 +34,7 @@ fn description(hypervisor: Hypervisor, accel: Accel) -> MachineDescription {
         run_dir: "/r".into(),
         vmm_log: "/d/vmm.log".into(),
         app_log: "/d/app.log".into(),
+        generation: None,
     }
 }
 
@@ -92,6 +93,41 @@ fn q35_under_tcg() {
 -netdev tap,id=net0,ifname=doze0,script=no,downscript=no,vhost=off
 -device virtio-net-pci,netdev=net0,mac=52:54:00:00:00:01,romfile="
     );
+}
+
+/// One that was saved without a generation keeps its list of devices, another one's grows at the end.
+#[test]
+fn a_generation_is_appended_where_the_guest_can_find_it() {
+    for (board, device) in [
+        (
+            Hypervisor::Qemu,
+            "\n-device vmgenid,guid=6ca13d52-ca70-8883-a0f0-bb101e425a89",
+        ),
+        (Hypervisor::QemuMicrovm, ""),
+    ] {
+        let mut machine = description(board, Accel::Tcg);
+        let before = shown(&machine, None);
+        let old = serde_json::to_string(&machine).unwrap();
+        assert!(!old.contains("generation"), "{old}");
+        assert_eq!(
+            serde_json::from_str::<MachineDescription>(&old).unwrap(),
+            machine
+        );
+        machine.renew_generation().unwrap();
+        assert_eq!(machine.generation, None);
+        machine.generation = Some("6ca13d52-ca70-8883-a0f0-bb101e425a89".into());
+        check(board, &machine).unwrap();
+        assert_eq!(shown(&machine, None), format!("{before}{device}"));
+        let first = machine.generation.clone();
+        machine.renew_generation().unwrap();
+        assert_ne!(machine.generation, first);
+        check(board, &machine).unwrap();
+        for bad in ["auto", "", "6CA13D52-ca70-8883-a0f0-bb101e425a89"] {
+            machine.generation = Some(bad.into());
+            let refused = check(board, &machine).unwrap_err().to_string();
+            assert!(refused.contains("generation"), "{refused}");
+        }
+    }
 }
 
 #[test]
