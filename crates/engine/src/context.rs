@@ -18,7 +18,8 @@ use doze_vmm::{
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::{
-    EngineConfig, EngineError, Monitors, kill::KillSwitch, metrics::Metrics, store::Store,
+    EngineConfig, EngineError, Monitors, Snapshot, kill::KillSwitch, metrics::Metrics,
+    snapshots::catalog::Catalog, store::Store,
 };
 
 pub struct Context {
@@ -39,17 +40,31 @@ pub struct Context {
     restores: Arc<Semaphore>,
     boot: tokio::sync::Mutex<()>,
     total_memory: u64,
+    /// Whether files of `data_dir` can share blocks.
+    pub reflinks: bool,
+    pub snapshots: Catalog,
+}
+
+/// What was found in the data folder and on the host.
+pub struct Opened {
+    pub store: Store,
+    pub images: ImageStore,
+    pub total_memory: u64,
+    pub last_beat: Option<i64>,
+    pub reflinks: bool,
+    pub snapshots: Vec<Snapshot>,
 }
 
 impl Context {
-    pub fn new(
-        config: EngineConfig,
-        store: Store,
-        images: ImageStore,
-        monitors: Monitors,
-        total_memory: u64,
-        last_beat: Option<i64>,
-    ) -> Context {
+    pub fn new(config: EngineConfig, monitors: Monitors, opened: Opened) -> Context {
+        let Opened {
+            store,
+            images,
+            total_memory,
+            last_beat,
+            reflinks,
+            snapshots,
+        } = opened;
         let restores = Arc::new(Semaphore::new(config.limits.max_concurrent_restores.max(1)));
         let kill = config.kill.clone();
         Context {
@@ -67,12 +82,28 @@ impl Context {
             restores,
             boot: tokio::sync::Mutex::new(()),
             total_memory,
+            reflinks,
+            snapshots: Catalog::new(snapshots),
         }
     }
 
     /// Folder of one instance; everything it has lies below.
     pub fn instance_dir(&self, id: &str) -> PathBuf {
         self.config.data_dir.join("instances").join(id)
+    }
+
+    /// Folder of the stored snapshots, one folder each.
+    pub fn snapshots_dir(&self) -> PathBuf {
+        self.config.data_dir.join("snapshots")
+    }
+
+    pub fn snapshot_dir(&self, id: &str) -> PathBuf {
+        self.snapshots_dir().join(id)
+    }
+
+    /// Where copies are made that have no place yet.
+    pub fn captures_dir(&self) -> PathBuf {
+        self.config.data_dir.join("captures")
     }
 
     pub fn monitor(&self, kind: Hypervisor) -> Result<&Arc<dyn Monitor>, EngineError> {
@@ -195,6 +226,13 @@ impl Context {
     pub async fn restore_turn(&self) -> Result<OwnedSemaphorePermit, EngineError> {
         let turn = self.restores.clone().acquire_owned().await;
         turn.map_err(|_| EngineError::ShuttingDown)
+    }
+
+    /// Bytes booked, and the limit.
+    pub fn memory_usage(&self) -> (u64, u64) {
+        let booked = lock(&self.memory).values().sum();
+        let limit = self.config.limits.max_total_memory;
+        (booked, limit.unwrap_or(self.total_memory))
     }
 
     pub fn release_memory(&self, id: &str) {

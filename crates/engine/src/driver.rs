@@ -48,6 +48,23 @@ pub enum Message {
         graceful: bool,
         reply: Reply,
     },
+    /// A copy of this moment, for a snapshot or a fork.
+    Capture {
+        command: Command,
+        cause: Cause,
+        plan: ops::capture::Plan,
+        reply: Reply,
+    },
+    /// Make this new instance of a copy.
+    Fork {
+        plan: ops::fork::Plan,
+        reply: Reply,
+    },
+    /// Back to a stored snapshot. The plan is taken when it begins.
+    Rollback {
+        plan: Option<Box<ops::rollback::Plan>>,
+        reply: Reply,
+    },
     /// Make the record true (server start). Answers when it is.
     Recover {
         reply: Reply,
@@ -75,7 +92,10 @@ impl Message {
             Message::Delete { graceful, .. } => Some(Command::Delete {
                 graceful: *graceful,
             }),
-            Message::Create { .. } | Message::Recover { .. } | Message::Retire { .. } => None,
+            Message::Capture { command, .. } => Some(*command),
+            Message::Rollback { .. } => Some(Command::Rollback),
+            Message::Create { .. } | Message::Fork { .. } => None,
+            Message::Recover { .. } | Message::Retire { .. } => None,
         }
     }
 
@@ -84,7 +104,8 @@ impl Message {
         match self {
             Message::Create { .. } | Message::Start { .. } | Message::Stop { .. } => Cause::User,
             Message::Standby { .. } | Message::Restore { .. } => Cause::User,
-            Message::Delete { .. } => Cause::User,
+            Message::Delete { .. } | Message::Fork { .. } | Message::Rollback { .. } => Cause::User,
+            Message::Capture { cause, .. } => *cause,
             Message::Recover { .. } | Message::Retire { .. } => Cause::Recovery,
         }
     }
@@ -97,6 +118,9 @@ impl Message {
             | Message::Standby { reply, .. }
             | Message::Restore { reply }
             | Message::Delete { reply, .. }
+            | Message::Capture { reply, .. }
+            | Message::Fork { reply, .. }
+            | Message::Rollback { reply, .. }
             | Message::Recover { reply } => drop(reply.send(answer)),
             Message::Retire { reply } => drop(reply.send(())),
         }
@@ -196,9 +220,8 @@ async fn settle(instance: &mut Instance, message: &Message) -> Result<bool, Engi
     let adrift = instance.record.machine().is_some() && instance.live.is_none();
     let command = match message {
         // Both know what to do with an unfinished record.
-        Message::Create { .. } | Message::Recover { .. } | Message::Retire { .. } => {
-            return Ok(true);
-        }
+        Message::Create { .. } | Message::Fork { .. } => return Ok(true),
+        Message::Recover { .. } | Message::Retire { .. } => return Ok(true),
         Message::Start { .. } => Command::START,
         Message::Stop { .. } => Command::Stop,
         Message::Standby { .. } => Command::Standby { options: false },
@@ -206,6 +229,8 @@ async fn settle(instance: &mut Instance, message: &Message) -> Result<bool, Engi
         Message::Delete { graceful, .. } => Command::Delete {
             graceful: *graceful,
         },
+        Message::Capture { command, .. } => *command,
+        Message::Rollback { .. } => Command::Rollback,
     };
     if instance.record.operation().is_none() && !adrift {
         return Ok(true);
@@ -217,6 +242,7 @@ async fn settle(instance: &mut Instance, message: &Message) -> Result<bool, Engi
         Command::Stop => instance.record.operation() != Some(Operation::Restore),
         Command::Start { .. } | Command::Standby { .. } => false,
         Command::Restore | Command::Exec => false,
+        Command::Snapshot { .. } | Command::Fork { .. } | Command::Rollback => false,
     };
     if let Err(error) = &outcome
         && ends_it
@@ -264,11 +290,11 @@ fn decide(instance: Box<Instance>, message: Message) -> Holding {
 }
 
 /// Starts the operation a message asks for.
-fn begin(mut instance: Box<Instance>, message: Message) -> Holding {
+fn begin(mut instance: Box<Instance>, mut message: Message) -> Holding {
     let cancel = Cancel::new();
     let token = cancel.clone();
     instance.on_behalf = Some(message.cause());
-    let work: Pin<Box<dyn Future<Output = Done> + Send>> = match &message {
+    let work: Pin<Box<dyn Future<Output = Done> + Send>> = match &mut message {
         Message::Create { .. } => Box::pin(async move {
             let (outcome, gone) = ops::create::run(&mut instance, &token).await;
             Done {
@@ -324,6 +350,45 @@ fn begin(mut instance: Box<Instance>, message: Message) -> Holding {
                 }
             })
         }
+        Message::Capture { plan, .. } => {
+            let plan = plan.clone();
+            Box::pin(async move {
+                let outcome = ops::capture::run(&mut instance, &token, &plan).await;
+                Done {
+                    instance,
+                    outcome,
+                    gone: false,
+                }
+            })
+        }
+        Message::Fork { plan, .. } => {
+            let plan = plan.clone();
+            Box::pin(async move {
+                let (outcome, gone) = ops::fork::run(&mut instance, &token, &plan).await;
+                Done {
+                    instance,
+                    outcome,
+                    gone,
+                }
+            })
+        }
+        Message::Rollback { plan, .. } => {
+            let plan = plan.take();
+            Box::pin(async move {
+                let outcome = match plan {
+                    Some(plan) => ops::rollback::run(&mut instance, &token, *plan).await,
+                    None => Err(EngineError::Internal {
+                        context: "rollback".into(),
+                        reason: "its plan was taken already".into(),
+                    }),
+                };
+                Done {
+                    instance,
+                    outcome,
+                    gone: false,
+                }
+            })
+        }
         Message::Recover { .. } | Message::Retire { .. } => Box::pin(async move {
             let outcome = recovery::run(&mut instance).await;
             let gone = matches!(outcome, Ok(false));
@@ -363,6 +428,9 @@ fn overlap(
         Message::Standby { .. } => Some(Operation::Standby),
         Message::Restore { .. } => Some(Operation::Restore),
         Message::Delete { .. } => Some(Operation::Delete),
+        Message::Capture { .. } => Some(Operation::Snapshot),
+        Message::Fork { .. } => Some(Operation::Fork),
+        Message::Rollback { .. } => Some(Operation::Rollback),
         Message::Recover { .. } | Message::Retire { .. } => None,
     });
     let Some(operation) = operation else {

@@ -22,14 +22,15 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::{
     CreateRequest, EngineConfig, EngineError, InstanceView, LogSource, StartOverrides, WaitOutcome,
-    context::{Context, blocking, image_error, io_error},
+    context::{Context, Opened, blocking, image_error, io_error},
     driver::{self, Message, Reply},
     instance::{APP_LOG, Instance, OPERATIONS_LOG, VMM_LOG, store_error},
     life_sign, logs,
     metrics::MetricsView,
     now, recovery,
     registry::{Entry, Registry},
-    store::{AddressPool, Document, Store, StoredInstance},
+    snapshots::schedule::{self, Schedules},
+    store::{AddressPool, Contents, Document, Store, StoredInstance},
 };
 
 /// Commands that may wait in one driver's mailbox.
@@ -48,6 +49,7 @@ pub(crate) struct Shared {
     heart: Arc<life_sign::Heart>,
     /// Read: a create between looking its image up and being in the registry. Write: content goes.
     pub image_gate: Arc<tokio::sync::RwLock<()>>,
+    pub schedules: Arc<Schedules>,
 }
 
 impl Shared {
@@ -83,21 +85,38 @@ impl Engine {
     pub async fn open_with(config: EngineConfig, monitors: Monitors) -> Result<Self, EngineError> {
         check_data_dir(&config.data_dir)?;
         let dir = config.data_dir.clone();
-        let (store, stored, images, memory, last_beat) =
+        let (store, contents, images, memory, last_beat, reflinks) =
             blocking("opening the data folder", move || {
                 doze_host::files::create_private_dir(&dir).map_err(io_error("data_dir"))?;
-                let (store, stored) = Store::open(&dir.join("doze.db")).map_err(store_error)?;
+                let (store, contents) = Store::open(&dir.join("doze.db")).map_err(store_error)?;
                 let images = ImageStore::open(&dir.join("images")).map_err(image_error)?;
                 let memory = total_memory().map_err(io_error("reading /proc/meminfo"))?;
                 let last_beat = life_sign::last_beat(&dir);
-                Ok::<_, EngineError>((store, stored, images, memory, last_beat))
+                let reflinks = doze_host::files::supports_reflink(&dir)
+                    .map_err(io_error("asking the file system for reflinks"))?;
+                Ok::<_, EngineError>((store, contents, images, memory, last_beat, reflinks))
             })
             .await??;
-        let ctx = Arc::new(Context::new(
-            config, store, images, monitors, memory, last_beat,
-        ));
+        let Contents {
+            instances: stored,
+            snapshots,
+            schedules,
+        } = contents;
         let known: HashSet<String> = stored.iter().map(|i| i.id.clone()).collect();
-        recovery::sweep(&ctx, &known).await?;
+        let kept: HashSet<String> = snapshots.iter().map(|s| s.id.clone()).collect();
+        let ctx = Arc::new(Context::new(
+            config,
+            monitors,
+            Opened {
+                store,
+                images,
+                total_memory: memory,
+                last_beat,
+                reflinks,
+                snapshots,
+            },
+        ));
+        recovery::sweep(&ctx, &known, kept).await?;
         let heart = life_sign::Heart::start(&ctx.config.data_dir);
         let engine = Engine {
             shared: Arc::new(Shared {
@@ -106,11 +125,13 @@ impl Engine {
                 closing: AtomicBool::new(false),
                 heart,
                 image_gate: Arc::default(),
+                schedules: Arc::new(Schedules::new(schedules)),
             }),
         };
         engine.recover(stored).await;
         engine.collect_images().await;
         engine.warm_up();
+        tokio::spawn(schedule::keep(Arc::downgrade(&engine.shared)));
         Ok(engine)
     }
 
@@ -148,7 +169,7 @@ impl Engine {
             .await;
     }
 
-    fn drive(
+    pub(crate) fn drive(
         &self,
         instance: Instance,
         published: tokio::sync::watch::Receiver<crate::instance::Published>,
@@ -182,7 +203,7 @@ impl Engine {
         entry
     }
 
-    fn check_open(&self) -> Result<(), EngineError> {
+    pub(crate) fn check_open(&self) -> Result<(), EngineError> {
         if self.shared.closing.load(Ordering::Acquire) {
             return Err(EngineError::ShuttingDown);
         }
@@ -207,26 +228,14 @@ impl Engine {
         let name = request.name.clone();
         let spec = self.plan(request).await?;
         let ctx = &self.shared.ctx;
-        let pool = match (&ctx.config.network, spec.network_enabled) {
-            (Some(network), true) => Some(AddressPool {
-                subnet: network.subnet,
-                gateway: network.gateway,
-            }),
-            (Some(_), false) | (None, false) => None,
-            (None, true) => {
-                return Err(EngineError::InvalidField {
-                    code: "invalid_field",
-                    field: "network.enabled".into(),
-                    value: "true".into(),
-                    allowed: "false, because this server's network is switched off".into(),
-                });
-            }
-        };
+        let pool = self.address_pool(spec.network_enabled)?;
         let at = now();
         let document = Document {
             spec,
             record: Record::creating(at.clone()),
             machine: None,
+            inherited: false,
+            rollback: None,
         };
         let mut stored = StoredInstance {
             id: new_id(),
@@ -246,6 +255,26 @@ impl Engine {
         drop(gate);
         let view = answer.await.map_err(|_| driver_failed())??;
         Ok((*view).clone())
+    }
+
+    /// Where the address of an instance with or without a network comes from.
+    pub(crate) fn address_pool(
+        &self,
+        network_enabled: bool,
+    ) -> Result<Option<AddressPool>, EngineError> {
+        match (&self.shared.ctx.config.network, network_enabled) {
+            (Some(network), true) => Ok(Some(AddressPool {
+                subnet: network.subnet,
+                gateway: network.gateway,
+            })),
+            (Some(_), false) | (None, false) => Ok(None),
+            (None, true) => Err(EngineError::InvalidField {
+                code: "invalid_field",
+                field: "network.enabled".into(),
+                value: "true".into(),
+                allowed: "false, because this server's network is switched off".into(),
+            }),
+        }
     }
 
     /// Views in order of creation.
@@ -447,6 +476,7 @@ impl Engine {
     /// Refuses new commands, lets running operations finish (up to `grace`), leaves VMs running.
     pub async fn shutdown(&self, grace: Duration) {
         self.shared.closing.store(true, Ordering::Release);
+        self.shared.schedules.poke();
         let retired = stream::iter(self.shared.registry.all()).for_each_concurrent(
             None,
             |entry| async move {
@@ -466,7 +496,7 @@ impl Engine {
     }
 }
 
-async fn ask(
+pub(crate) async fn ask(
     entry: &Entry,
     message: impl FnOnce(Reply) -> Message,
 ) -> Result<Arc<InstanceView>, EngineError> {
@@ -483,7 +513,7 @@ async fn ask(
 }
 
 /// A driver answers everything it took, also when its instance is gone.
-fn driver_failed() -> EngineError {
+pub(crate) fn driver_failed() -> EngineError {
     EngineError::Internal {
         context: "the instance's driver".to_owned(),
         reason: "it ended without an answer; restart the server".to_owned(),

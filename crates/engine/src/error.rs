@@ -21,6 +21,10 @@ impl EngineError {
                 name: name.clone(),
                 holder: holder.clone(),
             },
+            E::SnapshotNameTaken { name, holder } => E::SnapshotNameTaken {
+                name: name.clone(),
+                holder: holder.clone(),
+            },
             E::InvalidField {
                 code,
                 field,
@@ -79,16 +83,20 @@ impl EngineError {
 
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
-    /// `what` is `instance` or `image`.
+    /// `what` is `instance`, `image`, `snapshot` or `schedule`.
     #[error("{what} {id:?} does not exist")]
     NotFound { what: &'static str, id: String },
-    #[error("{prefix:?} is a prefix of several instances: {}", matches.join(", "))]
+    #[error("{prefix:?} is a prefix of several ids: {}", matches.join(", "))]
     Ambiguous {
         prefix: String,
         matches: Vec<String>,
     },
     #[error("name: {name:?} is taken by instance {holder}; choose another or delete that one")]
     NameTaken { name: String, holder: String },
+    #[error(
+        "name: {name:?} is taken by the snapshot {holder} of the same instance; choose another or delete that one"
+    )]
+    SnapshotNameTaken { name: String, holder: String },
     /// A request field holds a value that is not allowed. `code` is one of the contract's codes
     /// (`invalid_field`, `invalid_name`, `invalid_size`, `invalid_platform`, `missing_field`).
     #[error("{field}: {value} is not allowed; allowed: {allowed}")]

@@ -73,6 +73,7 @@ impl Engine {
             .iter()
             .filter(|view| view.spec.image_digest == image.digest)
             .map(|view| view.name.clone())
+            .chain(self.snapshots_of_image(&image.digest))
             .collect();
         if users.is_empty() {
             return Ok(());
@@ -87,6 +88,7 @@ impl Engine {
         self.list()
             .iter()
             .map(|view| view.spec.image_digest.clone())
+            .chain(self.image_digests_of_snapshots())
             .collect()
     }
 

@@ -11,7 +11,7 @@ use crate::{
     context::{Context, io_error},
     kill::KillPoint,
     now,
-    store::{Document, StoredInstance},
+    store::{Document, PendingRollback, StoredInstance},
 };
 
 /// What readers get.
@@ -67,6 +67,10 @@ pub struct Instance {
     /// Exact description of the machine of the current or last run.
     pub description: Option<MachineDescription>,
     pub live: Option<Live>,
+    /// Its memory is a copy of another instance's, and its guest has not been told yet who it is.
+    pub inherited: bool,
+    /// What a rollback in flight brings it back to.
+    pub rollback: Option<Box<PendingRollback>>,
     /// On whose behalf the operation that runs changes things; `None`: at rest, the guest acts for itself.
     pub on_behalf: Option<Cause>,
     published: watch::Sender<Published>,
@@ -99,6 +103,8 @@ impl Instance {
             record,
             description: stored.document.machine,
             live: None,
+            inherited: stored.document.inherited,
+            rollback: stored.document.rollback,
             on_behalf: None,
             published,
         };
@@ -139,6 +145,8 @@ impl Instance {
             spec: (*self.spec).clone(),
             record: next.clone(),
             machine: self.description.clone(),
+            inherited: self.inherited,
+            rollback: self.rollback.clone(),
         };
         self.ctx
             .store
@@ -334,6 +342,9 @@ pub fn store_error(error: crate::store::StoreError) -> EngineError {
     use crate::store::StoreError;
     match error {
         StoreError::NameTaken { name, holder } => EngineError::NameTaken { name, holder },
+        StoreError::SnapshotNameTaken { name, holder } => {
+            EngineError::SnapshotNameTaken { name, holder }
+        }
         StoreError::NoAddress { subnet } => EngineError::Capacity {
             resource: "addresses",
             wanted: "1".into(),

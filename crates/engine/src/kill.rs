@@ -76,6 +76,46 @@ kill_points! {
     RestoreAnswered = "restore.answered",
     /// A failed restore's VMM is gone; the record still says restore.
     RestoreUndone = "restore.undone",
+    /// A snapshot of a running guest is recorded; nothing was touched.
+    SnapshotAdmitted = "snapshot.admitted",
+    /// The guest stands still for its copy; the record does not say so.
+    SnapshotPaused = "snapshot.paused",
+    /// The copy's files are there, nothing of it durable; the guest stands still.
+    SnapshotCopied = "snapshot.copied",
+    /// The guest runs again; the record does not say so.
+    SnapshotResumed = "snapshot.resumed",
+    /// The record says so; the copy is not durable yet.
+    SnapshotContinued = "snapshot.continued",
+    /// A stored snapshot's folder has its place; no row names it.
+    SnapshotPlaced = "snapshot.placed",
+    /// Its row is there; nobody was answered.
+    SnapshotRecorded = "snapshot.recorded",
+    /// A deleted snapshot's row is gone; its folder is there.
+    SnapshotRowRemoved = "snapshot.row_removed",
+    /// Its folder is gone; nobody was answered.
+    SnapshotFilesRemoved = "snapshot.files_removed",
+    /// A fork's copy is made; no record names it.
+    ForkCopied = "fork.copied",
+    /// The fork is in the store; its files have no place yet.
+    ForkRecorded = "fork.recorded",
+    /// Its files are its own; it neither rests nor runs.
+    ForkFilesMade = "fork.files_made",
+    /// It is what was asked for; nobody was answered.
+    ForkDone = "fork.done",
+    /// A rollback is recorded; nothing was touched.
+    RollbackAdmitted = "rollback.admitted",
+    /// The snapshot's copy is there and durable, but not committed.
+    RollbackStaged = "rollback.staged",
+    /// It is committed; the machine, if any, is there.
+    RollbackMarked = "rollback.marked",
+    /// The machine is gone; the record may still name it.
+    RollbackMachineKilled = "rollback.machine_killed",
+    /// The files are the snapshot's; the record does not say so.
+    RollbackSwapped = "rollback.swapped",
+    /// The record says so; nobody was answered.
+    RollbackRecorded = "rollback.recorded",
+    /// A rollback was given up and its files are gone; the record still says rollback.
+    RollbackUndone = "rollback.undone",
     /// A stop is recorded; the guest knows nothing.
     StopAdmitted = "stop.admitted",
     /// The guest was asked to end.

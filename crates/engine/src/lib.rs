@@ -16,6 +16,7 @@ use doze_lifecycle::{Stamp, State};
 use doze_vmm::{Hypervisor, boot::KernelSource, qemu::QemuConfig};
 
 mod context;
+mod copies;
 mod driver;
 mod engine;
 mod error;
@@ -32,6 +33,7 @@ mod proof;
 mod recovery;
 mod registry;
 mod seed;
+mod snapshots;
 mod store;
 mod view;
 
@@ -40,6 +42,10 @@ pub use error::EngineError;
 pub use kill::{CommitStep, KillPoint, KillSwitch};
 pub use metrics::MetricsView;
 pub use seed::seed_stopped;
+pub use snapshots::{
+    DiskUsage, ForkRequest, Revival, Schedule, ScheduleRequest, Snapshot, SnapshotFilter,
+    SnapshotKind, SnapshotRequest, TargetState,
+};
 pub use store::AddressPool;
 pub use view::{InstanceSpec, InstanceView, NetworkClaim};
 

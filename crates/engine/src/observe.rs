@@ -50,8 +50,9 @@ async fn regular_check(instance: &mut Instance) {
     crate::logs::trim(&instance.dir(), instance.ctx.config.limits.max_log_bytes).await;
     // At rest nobody works at an operation: it is left over. Only a command may end the instance, though.
     let stuck = match instance.record.operation() {
-        Some(Operation::Create | Operation::Delete) => false,
+        Some(Operation::Create | Operation::Fork | Operation::Delete) => false,
         Some(Operation::Standby | Operation::Restore | Operation::Start | Operation::Stop) => true,
+        Some(Operation::Snapshot | Operation::Rollback) => true,
         None => instance.live.is_none(),
     };
     if stuck && let Err(error) = recovery::run(instance).await {
@@ -163,10 +164,20 @@ pub async fn book_answer(instance: &mut Instance) -> Result<(), EngineError> {
     if let Some(problem) = &answer.problem {
         instance.note(&format!("restored, but {problem}"));
     }
+    if instance.inherited {
+        if !answer.identity_applied {
+            // It has another one's addresses: it stays unreachable and is never called Running.
+            return Ok(());
+        }
+        instance.inherited = false;
+        if let Err(error) = ops::launch::make_tap(instance).await {
+            instance.inherited = true;
+            return Err(error);
+        }
+    }
     let age = u64::try_from(answer.at.elapsed().as_micros()).unwrap_or(u64::MAX);
-    instance
-        .commit_at(Fact::AgentAnswered, &now().earlier(age))
-        .await
+    let fact = Fact::AgentAnswered;
+    instance.commit_at(fact, &now().earlier(age)).await
 }
 
 /// The guest or its VMM ended without being asked.

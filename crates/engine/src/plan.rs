@@ -2,18 +2,25 @@
 use crate::{CreateRequest, Engine, EngineError, InstanceSpec};
 
 impl Engine {
-    /// Checks a request against images and limits and fills in the defaults.
-    pub(crate) async fn plan(&self, request: CreateRequest) -> Result<InstanceSpec, EngineError> {
-        let ctx = &self.shared.ctx;
-        let limits = &ctx.config.limits;
-        if self.shared.registry.len() >= limits.max_instances {
+    /// Whether there may be one more.
+    pub(crate) fn check_count(&self) -> Result<(), EngineError> {
+        let most = self.shared.ctx.config.limits.max_instances;
+        if self.shared.registry.len() >= most {
             return Err(EngineError::Capacity {
                 resource: "instances",
                 wanted: "1".into(),
                 available: "0".into(),
-                limit: format!("limits.max_instances, {}", limits.max_instances),
+                limit: format!("limits.max_instances, {most}"),
             });
         }
+        Ok(())
+    }
+
+    /// Checks a request against images and limits and fills in the defaults.
+    pub(crate) async fn plan(&self, request: CreateRequest) -> Result<InstanceSpec, EngineError> {
+        let ctx = &self.shared.ctx;
+        let limits = &ctx.config.limits;
+        self.check_count()?;
         let vcpus = request.vcpus.unwrap_or(limits.default_vcpus);
         within(
             "vcpus",

@@ -5,7 +5,7 @@
 //! is only slow must not be given up; the driver reads the answer whenever it comes.
 use std::time::{Duration, Instant};
 
-use doze_agent::client::AgentClient;
+use doze_agent::{client::AgentClient, message::Identity};
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -20,6 +20,8 @@ pub struct Answer {
     pub at: Instant,
     /// What the guest could not do, for people to read.
     pub problem: Option<String>,
+    /// It is who it was told to be, if it was told.
+    pub identity_applied: bool,
 }
 
 /// A question that is being asked. Dropping it stops asking.
@@ -30,15 +32,21 @@ pub struct Proof {
 
 impl Proof {
     /// Must be called after the CPUs were let run, or the answer would prove nothing.
-    pub fn ask(agent: AgentClient, instance: String) -> Proof {
+    /// With `identity` the guest is a copy of another one and is told who it is.
+    pub fn ask(agent: AgentClient, instance: String, identity: Option<Identity>) -> Proof {
         let (sender, answer) = watch::channel(None);
         let asking = tokio::spawn(async move {
             loop {
-                match agent.restored(rand::random(), ATTEMPT).await {
+                let asked = match &identity {
+                    Some(identity) => agent.restored_as(identity, rand::random(), ATTEMPT).await,
+                    None => agent.restored(rand::random(), ATTEMPT).await,
+                };
+                match asked {
                     Ok(told) => {
                         sender.send_replace(Some(Answer {
                             at: told.at,
                             problem: told.problem,
+                            identity_applied: told.identity_applied,
                         }));
                         return;
                     }

@@ -12,6 +12,11 @@
 //! | restore, with the mark | killed: its CPUs never ran; Standby | Standby, the snapshot untouched |
 //! | restore, without the mark | kept: the restore is complete; still paused: Standby, the mark returns | Stopped, its memory is lost |
 //! | delete | the delete goes on | the delete goes on |
+//! | fork, booting | kept: the fork is complete | undone: the instance vanishes |
+//! | fork, waking or resting | undone: the instance vanishes | undone: the instance vanishes |
+//! | snapshot | resumed: the guest goes on | Stopped, with the reason |
+//! | rollback, without `incoming` | given up: as it was | given up: as it was |
+//! | rollback, with `incoming` | killed; finished | finished |
 use std::collections::HashSet;
 
 use doze_host::{
@@ -24,7 +29,7 @@ use doze_vmm::{MachineStatus, Monitor};
 
 use crate::{
     EngineError,
-    context::{Context, blocking, io_error, net_error},
+    context::{Context, blocking, io_error},
     instance::{Instance, Live, SNAPSHOT, process_id, vmm_error},
     life_sign,
     ops::{self, Cancel},
@@ -68,7 +73,8 @@ async fn reconcile(instance: &mut Instance) -> Result<bool, EngineError> {
             ops::delete::run(instance, &cancel, false).await?;
             return Ok(false);
         }
-        Some(Operation::Create) if !ran => {
+        // One that woke with another's memory had not been told who it is.
+        Some(Operation::Create | Operation::Fork) if !ran || instance.record.has_snapshot() => {
             instance.kill_machine().await?;
             forget_machine(instance, None).await?;
             ops::create::undo(instance, "the server ended before the guest ran").await?;
@@ -83,7 +89,7 @@ async fn reconcile(instance: &mut Instance) -> Result<bool, EngineError> {
             let reason = "the server ended before the guest ran".to_owned();
             instance.commit(Fact::OperationFailed { reason }).await?;
         }
-        Some(Operation::Create | Operation::Start) => {
+        Some(Operation::Create | Operation::Fork | Operation::Start) => {
             instance.note("the guest ran although the server ended before it said so");
             let agent = !instance.spec.skip_guest_agent;
             instance.commit(Fact::CpusStarted { agent }).await?;
@@ -101,6 +107,15 @@ async fn reconcile(instance: &mut Instance) -> Result<bool, EngineError> {
                 let reason = "the server ended before the snapshot was complete";
                 ops::standby::undo(instance, reason).await?;
             }
+        }
+        Some(Operation::Snapshot) if status != MachineStatus::Gone => {
+            book_pause(instance, status, watched).await?;
+            ops::capture::go_on(instance).await?;
+        }
+        // Booked below.
+        Some(Operation::Snapshot) => {}
+        Some(Operation::Rollback) => {
+            ops::rollback::undo(instance, "the server ended before it was committed").await?;
         }
         Some(Operation::Restore) => {
             ops::restore::undo(instance, "the server ended before the guest ran").await?;
@@ -154,11 +169,16 @@ async fn status(instance: &Instance) -> Result<MachineStatus, EngineError> {
 
 /// A restored guest that had not answered when the server ended is asked again.
 fn ask_for_proof(instance: &mut Instance) {
+    let identity = ops::launch::new_identity(instance);
     if instance.record.awaits_answer()
         && let Some(live) = instance.live.as_mut()
         && live.proof.is_none()
     {
-        live.proof = Some(Proof::ask(live.agent.clone(), instance.id.clone()));
+        live.proof = Some(Proof::ask(
+            live.agent.clone(),
+            instance.id.clone(),
+            identity,
+        ));
     }
 }
 
@@ -215,13 +235,10 @@ async fn forget_machine(instance: &mut Instance, failure: Option<&str>) -> Resul
 }
 
 async fn make_network(instance: &Instance) -> Result<(), EngineError> {
-    if let Some(claim) = &instance.claim
-        && let Some(network) = instance.ctx.network().await?
-    {
-        let tap = ops::launch::tap_config(instance, claim);
-        network.ensure_tap(&tap).await.map_err(net_error)?;
+    match instance.ctx.network().await? {
+        Some(_) => ops::launch::make_tap(instance).await,
+        None => Ok(()),
     }
-    Ok(())
 }
 
 async fn reattach(instance: &mut Instance) -> Result<(), EngineError> {
@@ -286,22 +303,24 @@ pub async fn kill_marked(
 }
 
 /// Folders and TAPs that belong to no record.
-pub async fn sweep(ctx: &Context, known: &HashSet<String>) -> Result<(), EngineError> {
-    let (root, ids) = (ctx.config.data_dir.join("instances"), known.clone());
-    blocking("sweeping instance folders", move || -> std::io::Result<()> {
-        doze_host::files::create_private_dir(&root)?;
-        for entry in std::fs::read_dir(&root)? {
-            let entry = entry?;
-            let name = entry.file_name();
-            if !name.to_str().is_some_and(|name| ids.contains(name)) {
-                tracing::info!(folder = %entry.path().display(), "removing a folder without a record");
-                doze_host::files::remove_tree(&entry.path())?;
-            }
-        }
-        Ok(())
+pub async fn sweep(
+    ctx: &Context,
+    known: &HashSet<String>,
+    snapshots: HashSet<String>,
+) -> Result<(), EngineError> {
+    let roots = [
+        (ctx.config.data_dir.join("instances"), known.clone()),
+        (ctx.snapshots_dir(), snapshots),
+        // Copies that never got their place.
+        (ctx.captures_dir(), HashSet::new()),
+    ];
+    blocking("sweeping folders", move || {
+        roots
+            .iter()
+            .try_for_each(|(root, known)| sweep_folder(root, known))
     })
     .await?
-    .map_err(io_error("sweeping instance folders"))?;
+    .map_err(io_error("sweeping folders"))?;
     match ctx.network().await {
         Ok(Some(network)) => {
             if let Err(error) = sweep_taps(&network, known).await {
@@ -311,6 +330,19 @@ pub async fn sweep(ctx: &Context, known: &HashSet<String>) -> Result<(), EngineE
         Ok(None) => {}
         // The server starts all the same: images and stopped instances need no network.
         Err(error) => tracing::warn!(%error, "the network could not be set up"),
+    }
+    Ok(())
+}
+
+fn sweep_folder(root: &std::path::Path, known: &HashSet<String>) -> std::io::Result<()> {
+    doze_host::files::create_private_dir(root)?;
+    for entry in std::fs::read_dir(root)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if !name.to_str().is_some_and(|name| known.contains(name)) {
+            tracing::info!(folder = %entry.path().display(), "removing a folder without a record");
+            doze_host::files::remove_tree(&entry.path())?;
+        }
     }
     Ok(())
 }

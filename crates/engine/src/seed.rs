@@ -47,6 +47,8 @@ pub async fn seed_stopped(
                 spec: spec.clone(),
                 record: Record::stopped(at),
                 machine: None,
+                inherited: false,
+                rollback: None,
             },
         };
         store.insert(stored, pool).await.map_err(store_error)?;

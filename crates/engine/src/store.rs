@@ -21,12 +21,16 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
 use crate::{
-    InstanceSpec, NetworkClaim,
+    InstanceSpec, NetworkClaim, Schedule, Snapshot,
     kill::{CommitStep, KillSwitch},
 };
 
+mod copies;
+
+use copies::{Change, SCHEMA_2, read_documents};
+
 /// Version of the schema, in SQLite's `user_version`.
-const SCHEMA_VERSION: i64 = 1;
+const SCHEMA_VERSION: i64 = 2;
 /// Jobs of one transaction at most, so that the first of them does not wait for ever.
 const MAX_GROUP: usize = 64;
 
@@ -56,6 +60,23 @@ pub struct Document {
     pub record: Record,
     /// Exact description of the machine of the current or last run.
     pub machine: Option<MachineDescription>,
+    /// Its memory is a copy of another instance's, and its guest has not been told yet who it is.
+    #[serde(default)]
+    pub inherited: bool,
+    /// What a rollback in flight brings it back to.
+    #[serde(default)]
+    pub rollback: Option<Box<PendingRollback>>,
+}
+
+/// What an instance becomes when its rollback is committed, kept until it is.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PendingRollback {
+    pub snapshot_id: String,
+    pub spec: InstanceSpec,
+    /// The record that the memory was captured with; without, only the disk comes back.
+    pub memory_of: Option<Box<Record>>,
+    /// The memory was a fork's that had not been told yet who it is.
+    pub inherited: bool,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -65,6 +86,14 @@ pub struct StoredInstance {
     pub created_at_us: i64,
     pub claim: Option<NetworkClaim>,
     pub document: Document,
+}
+
+/// Everything a store holds.
+#[derive(Debug, Default)]
+pub struct Contents {
+    pub instances: Vec<StoredInstance>,
+    pub snapshots: Vec<Snapshot>,
+    pub schedules: Vec<Schedule>,
 }
 
 /// Where addresses come from.
@@ -78,6 +107,8 @@ pub struct AddressPool {
 pub enum StoreError {
     #[error("name {name:?} is taken by {holder}")]
     NameTaken { name: String, holder: String },
+    #[error("snapshot name {name:?} is taken by {holder}")]
+    SnapshotNameTaken { name: String, holder: String },
     #[error("every address of {subnet} is taken")]
     NoAddress { subnet: String },
     #[error("instance {0} is not in the store")]
@@ -108,8 +139,8 @@ enum Job {
         document: Box<Document>,
         reply: Reply<()>,
     },
-    Remove {
-        id: String,
+    Write {
+        change: Change,
         reply: Reply<()>,
     },
 }
@@ -123,7 +154,7 @@ pub struct Store {
 
 impl Store {
     /// Opens or creates the file (0600), migrates it, and reads everything.
-    pub fn open(path: &Path) -> Result<(Store, Vec<StoredInstance>), StoreError> {
+    pub fn open(path: &Path) -> Result<(Store, Contents), StoreError> {
         create_private(path)?;
         let mut connection = Connection::open(path)?;
         connection.pragma_update(None, "journal_mode", "WAL")?;
@@ -131,7 +162,15 @@ impl Store {
         connection.pragma_update(None, "foreign_keys", "ON")?;
         connection.busy_timeout(std::time::Duration::from_secs(5))?;
         migrate(&mut connection, path)?;
-        let all = read_all(&connection, path)?;
+        let contents = Contents {
+            instances: read_all(&connection, path)?,
+            snapshots: read_documents(
+                &connection,
+                path,
+                "SELECT document FROM snapshots ORDER BY created_at_us, id",
+            )?,
+            schedules: read_documents(&connection, path, "SELECT document FROM schedules")?,
+        };
         let (jobs, queue) = mpsc::channel();
         let writer = std::thread::Builder::new()
             .name("store".into())
@@ -146,7 +185,7 @@ impl Store {
                 writer: Some(writer),
                 kill: KillSwitch::default(),
             },
-            all,
+            contents,
         ))
     }
 
@@ -182,8 +221,7 @@ impl Store {
 
     /// Removes the instance and gives its address back; absent is fine.
     pub async fn remove(&self, id: &str) -> Result<(), StoreError> {
-        let id = id.to_owned();
-        self.run(|reply| Job::Remove { id, reply }).await
+        self.write(Change::RemoveInstance(id.to_owned())).await
     }
 
     async fn run<T>(&self, job: impl FnOnce(Reply<T>) -> Job) -> Result<T, StoreError> {
@@ -232,10 +270,11 @@ fn migrate(connection: &mut Connection, path: &Path) -> Result<(), StoreError> {
             reason: format!("its schema {version} is newer than this program's {SCHEMA_VERSION}"),
         });
     }
-    if version < 1 {
+    let steps = [(1, SCHEMA_1), (2, SCHEMA_2)];
+    for (step, schema) in steps.into_iter().filter(|(step, _)| version < *step) {
         let transaction = connection.transaction()?;
-        transaction.execute_batch(SCHEMA_1)?;
-        transaction.pragma_update(None, "user_version", SCHEMA_VERSION)?;
+        transaction.execute_batch(schema)?;
+        transaction.pragma_update(None, "user_version", step)?;
         transaction.commit()?;
     }
     Ok(())
@@ -356,11 +395,8 @@ fn run_job(transaction: &mut Transaction<'_>, job: Job) -> Result<Deferred, rusq
             finish(savepoint, result.is_ok())?;
             deferred(result, reply)
         }
-        Job::Remove { id, reply } => {
-            let result = savepoint
-                .execute("DELETE FROM instances WHERE id = ?1", [&id])
-                .map(drop)
-                .map_err(StoreError::from);
+        Job::Write { change, reply } => {
+            let result = copies::write(&savepoint, change);
             finish(savepoint, result.is_ok())?;
             deferred(result, reply)
         }

@@ -210,6 +210,13 @@ pub fn free_space(path: &Path) -> io::Result<u64> {
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
+/// Bytes of the file system that holds `path`.
+pub fn total_space(path: &Path) -> io::Result<u64> {
+    let stat =
+        rustix::fs::statvfs(path).map_err(|e| at(e.into(), "measure the file system of", path))?;
+    Ok(stat.f_blocks.saturating_mul(stat.f_frsize))
+}
+
 /// Bytes really allocated by the tree below `path`.
 ///
 /// A file with several names in the tree counts once; links are not followed (but `path` itself

@@ -23,10 +23,20 @@ pub enum Command {
         graceful: bool,
     },
     Exec,
+    /// A copy to keep: of memory and disk, or (`stopped`) of the disk alone.
+    Snapshot {
+        stopped: bool,
+    },
+    /// A copy that becomes a new instance. `from_running`: a running guest may be paused for it.
+    Fork {
+        from_running: bool,
+    },
+    /// Back to a stored snapshot, in place.
+    Rollback,
 }
 
 impl Command {
-    pub const ALL: [Command; 10] = [
+    pub const ALL: [Command; 15] = [
         Command::START,
         Command::Start {
             overrides: true,
@@ -43,6 +53,13 @@ impl Command {
         Command::Delete { graceful: true },
         Command::Delete { graceful: false },
         Command::Exec,
+        Command::Snapshot { stopped: false },
+        Command::Snapshot { stopped: true },
+        Command::Fork {
+            from_running: false,
+        },
+        Command::Fork { from_running: true },
+        Command::Rollback,
     ];
 
     /// A start without anything to say.
@@ -68,6 +85,13 @@ impl Command {
             Command::Delete { graceful: true } => "delete gracefully",
             Command::Delete { graceful: false } => "delete",
             Command::Exec => "exec",
+            Command::Snapshot { stopped: false } => "snapshot",
+            Command::Snapshot { stopped: true } => "snapshot as Stopped",
+            Command::Fork {
+                from_running: false,
+            } => "fork",
+            Command::Fork { from_running: true } => "fork from running",
+            Command::Rollback => "restore a snapshot of",
         }
     }
 }
@@ -137,8 +161,21 @@ pub fn admit(state: State, operation: Option<Operation>, command: Command) -> Ad
         })
     };
     match operation {
+        Some(Operation::Snapshot) => during_snapshot(state, command),
         Some(in_flight) => during(in_flight, command, refuse),
         None => at_rest(state, command, refuse),
+    }
+}
+
+/// Whoever comes while the guest is being copied waits the moment it takes; a delete has no use for the copy.
+fn during_snapshot(state: State, command: Command) -> Admission {
+    use Admission::{Interrupt, Run, Wait};
+    match command {
+        Command::Exec if state == State::Running => Run,
+        Command::Exec | Command::Start { .. } | Command::Stop => Wait,
+        Command::Standby { .. } | Command::Restore => Wait,
+        Command::Snapshot { .. } | Command::Fork { .. } | Command::Rollback => Wait,
+        Command::Delete { .. } => Interrupt,
     }
 }
 
@@ -148,6 +185,14 @@ fn during(
     refuse: impl Fn(&'static str) -> Admission,
 ) -> Admission {
     match in_flight {
+        Operation::Snapshot => Admission::Wait,
+        // What becomes of it is decided before anything else.
+        Operation::Fork | Operation::Rollback => match command {
+            Command::Delete { .. } => Admission::Interrupt,
+            Command::Start { .. } | Command::Stop | Command::Exec => Admission::Wait,
+            Command::Standby { .. } | Command::Restore => Admission::Wait,
+            Command::Snapshot { .. } | Command::Fork { .. } | Command::Rollback => Admission::Wait,
+        },
         Operation::Create => during_create(command, refuse),
         Operation::Start => during_start(command, refuse),
         Operation::Stop => during_stop(command, refuse),
@@ -159,6 +204,9 @@ fn during(
                 refuse("it is being deleted; create a new one")
             }
             Command::Standby { .. } | Command::Restore => {
+                refuse("it is being deleted; create a new one")
+            }
+            Command::Snapshot { .. } | Command::Fork { .. } | Command::Rollback => {
                 refuse("it is being deleted; create a new one")
             }
         },
@@ -183,6 +231,7 @@ fn during_create(command: Command, refuse: impl Fn(&'static str) -> Admission) -
         Command::Start { .. } => Join,
         // A created instance that was never there cannot be stopped: let it come up first.
         Command::Stop | Command::Standby { .. } | Command::Restore | Command::Exec => Wait,
+        Command::Snapshot { .. } | Command::Fork { .. } | Command::Rollback => Wait,
         Command::Delete { .. } => Interrupt,
     }
 }
@@ -199,6 +248,7 @@ fn during_start(command: Command, refuse: impl Fn(&'static str) -> Admission) ->
         } => refuse(START_OVERRIDES),
         Command::Start { .. } => Join,
         Command::Standby { .. } | Command::Restore | Command::Exec => Wait,
+        Command::Snapshot { .. } | Command::Fork { .. } | Command::Rollback => Wait,
         Command::Stop | Command::Delete { .. } => Interrupt,
     }
 }
@@ -213,6 +263,7 @@ fn during_stop(command: Command, refuse: impl Fn(&'static str) -> Admission) -> 
         Command::Standby { .. } | Command::Restore | Command::Exec => {
             refuse("it is stopping; start it again first")
         }
+        Command::Snapshot { .. } | Command::Fork { .. } | Command::Rollback => Wait,
     }
 }
 
@@ -233,6 +284,7 @@ fn during_standby(command: Command, refuse: impl Fn(&'static str) -> Admission) 
         Command::Standby { options: true } => refuse(STANDBY_OPTIONS),
         Command::Stop | Command::Restore | Command::Delete { .. } => Interrupt,
         Command::Exec => refuse("it is going to sleep; restore it first"),
+        Command::Snapshot { .. } | Command::Fork { .. } | Command::Rollback => Wait,
     }
 }
 
@@ -244,6 +296,7 @@ fn during_restore(command: Command, refuse: impl Fn(&'static str) -> Admission) 
         } => refuse(START_OVERRIDES),
         Command::Start { .. } | Command::Stop | Command::Standby { .. } | Command::Exec => Wait,
         Command::Restore => Join,
+        Command::Snapshot { .. } | Command::Fork { .. } | Command::Rollback => Wait,
         Command::Delete { .. } => Interrupt,
     }
 }
@@ -289,6 +342,39 @@ fn at_rest(
             State::Standby => refuse("restore it first"),
             State::Created | State::Paused | State::Shutdown => refuse("wait until it is Running"),
         },
+        Command::Snapshot { stopped } => snapshot_at_rest(state, stopped, refuse),
+        Command::Fork { from_running } => match state {
+            State::Stopped | State::Standby => Run,
+            State::Running if from_running => Run,
+            State::Running => refuse(
+                "set from_running to fork a running instance (it is paused for a moment), or put it to standby first",
+            ),
+            State::Created | State::Initializing | State::Paused | State::Shutdown => {
+                refuse("wait until it is Running")
+            }
+        },
+        Command::Rollback => match state {
+            State::Stopped | State::Standby | State::Initializing | State::Running => Run,
+            State::Created | State::Paused | State::Shutdown => refuse("wait until it is at rest"),
+        },
+    }
+}
+
+fn snapshot_at_rest(
+    state: State,
+    stopped: bool,
+    refuse: impl Fn(&'static str) -> Admission,
+) -> Admission {
+    match (state, stopped) {
+        (State::Running | State::Standby, false) => Admission::Run,
+        (State::Stopped, true) => Admission::Run,
+        (State::Stopped, false) => {
+            refuse("it has no memory to keep; ask for the kind Stopped, or start it first")
+        }
+        (_, true) => refuse("stop it first, or ask for the kind Standby"),
+        (State::Created | State::Initializing | State::Paused | State::Shutdown, false) => {
+            refuse("wait until it is Running")
+        }
     }
 }
 

@@ -21,16 +21,25 @@ pub enum Operation {
     Standby,
     /// Until the CPUs run again; undone (Standby, the snapshot untouched) when it fails before.
     Restore,
+    /// Of a new instance: until it is what its caller wished; undone (the instance vanishes) when it fails before.
+    Fork,
+    /// Of a running guest, for a snapshot or a fork of it: until the guest goes on.
+    Snapshot,
+    /// Until memory and disk are those of a stored snapshot; undone before its commit, finished after it.
+    Rollback,
 }
 
 impl Operation {
-    pub const ALL: [Operation; 6] = [
+    pub const ALL: [Operation; 9] = [
         Operation::Create,
         Operation::Start,
         Operation::Stop,
         Operation::Delete,
         Operation::Standby,
         Operation::Restore,
+        Operation::Fork,
+        Operation::Snapshot,
+        Operation::Rollback,
     ];
 
     pub const fn as_str(self) -> &'static str {
@@ -41,6 +50,9 @@ impl Operation {
             Operation::Delete => "delete",
             Operation::Standby => "standby",
             Operation::Restore => "restore",
+            Operation::Fork => "fork",
+            Operation::Snapshot => "snapshot",
+            Operation::Rollback => "rollback",
         }
     }
 }
@@ -93,7 +105,7 @@ pub enum Fact {
     GuestFoundOff { last_seen: Stamp },
     /// The operation in flight gave up and has undone what it did.
     OperationFailed { reason: String },
-    /// The VMM acknowledged that the CPUs stand still, for a standby.
+    /// The VMM acknowledged that the CPUs stand still, for a standby or a snapshot.
     CpusPaused,
     /// Memory, device state and manifest are durable: from here on the instance sleeps, whatever happens.
     SnapshotCommitted,
@@ -110,6 +122,16 @@ pub enum Fact {
     MemoryLost { reason: String, last_seen: Stamp },
     /// A start from disk gave the snapshot up, as its caller wished.
     MemoryDiscarded,
+    /// A snapshot of a running guest has what it needs, or gave up; the guest goes on (stamp: the resume
+    /// acknowledgement, when it had been paused).
+    GuestContinued,
+    /// A new instance has its copy of memory or disk and rests: Standby with memory, Stopped without.
+    Forked,
+    /// Memory and disk are those of a stored snapshot. `memory_of` is the record the memory was captured with;
+    /// without, only the disk is.
+    RolledBack {
+        memory_of: Option<Box<crate::Record>>,
+    },
 }
 
 impl Fact {
@@ -137,6 +159,9 @@ impl Fact {
             Fact::StandbyAbandoned { .. } | Fact::Resumed { .. } | Fact::MemoryDiscarded => {
                 on_behalf.unwrap_or(Cause::User)
             }
+            Fact::GuestContinued | Fact::Forked | Fact::RolledBack { .. } => {
+                on_behalf.unwrap_or(Cause::User)
+            }
         }
     }
 
@@ -161,6 +186,9 @@ impl Fact {
             Fact::AgentAnswered => "AgentAnswered",
             Fact::MemoryLost { .. } => "MemoryLost",
             Fact::MemoryDiscarded => "MemoryDiscarded",
+            Fact::GuestContinued => "GuestContinued",
+            Fact::Forked => "Forked",
+            Fact::RolledBack { .. } => "RolledBack",
         }
     }
 }

@@ -12,7 +12,8 @@
 //!                               MachineGone
 //! ```
 //! A standby is undone until `SnapshotCommitted` (`StandbyAbandoned`: the guest goes on) and finished
-//! after it.
+//! after it. A snapshot of a running guest pauses it on the way (`GuestContinued`). A fork begins as Created, with
+//! the memory of its source if there is one, and rests (`Forked`) or runs (`CpusStarted`, `Resumed`) next.
 //!
 //! An operation in flight (`operation`) and the state are two things: the state is where the guest is, the
 //! operation is what the server has promised to finish or undo, also after a crash.
@@ -21,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use crate::{Cause, Exit, Fact, Ledger, Operation, ProcessRef, Stamp, State};
 
 /// Version of the record's stored form. Older ones are migrated when read.
-pub const RECORD_VERSION: u32 = 2;
+pub const RECORD_VERSION: u32 = 3;
 
 /// The fact cannot happen here: a defect of the caller, nothing was changed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -106,6 +107,19 @@ impl Record {
             operation: Some(Operation::Create),
             ..Record::resting(State::Created, at)
         }
+    }
+
+    /// A new instance that is being made from another one's disk and, with `memory_of`, from its memory: the
+    /// record of that moment says how far its boot had come. Its own time begins now.
+    pub fn forking(memory_of: Option<&Record>, at: Stamp) -> Record {
+        let mut record = Record {
+            operation: Some(Operation::Fork),
+            ..Record::resting(State::Created, at)
+        };
+        if let Some(source) = memory_of {
+            record.inherit(source);
+        }
+        record
     }
 
     /// A new instance that never ran.
@@ -265,19 +279,32 @@ impl Record {
                 next.ledger.estimate(at);
             }
             Fact::MemoryDiscarded => next.forget_memory(at, cause),
+            Fact::GuestContinued => {
+                next.operation = None;
+                next.go_on(at, cause);
+            }
+            Fact::Forked => {
+                next.operation = None;
+                let rest = match next.snapshot {
+                    true => State::Standby,
+                    false => State::Stopped,
+                };
+                next.enter(rest, at, cause);
+            }
+            Fact::RolledBack { memory_of } => next.roll_back(memory_of.as_deref(), at, cause),
         }
         Ok(next)
     }
 
     /// Exhaustive over (fact, state, operation): a new state, operation or fact forces a decision.
     fn allows(&self, fact: &Fact) -> bool {
-        use Operation::{Create, Delete, Restore, Standby, Start, Stop};
+        use Operation::{Create, Delete, Fork, Restore, Rollback, Snapshot, Standby, Start, Stop};
         use State as S;
         match fact {
             Fact::Admitted(operation) => {
                 self.operation.is_none()
                     && match operation {
-                        Create => false,
+                        Create | Fork => false,
                         Start => match self.state {
                             S::Stopped | S::Standby => true,
                             S::Created | S::Initializing | S::Running => false,
@@ -287,22 +314,30 @@ impl Record {
                         Delete => true,
                         Standby => self.has_running_guest(),
                         Restore => self.state == S::Standby && self.snapshot,
+                        Snapshot => self.state == S::Running,
+                        Rollback => match self.state {
+                            S::Stopped | S::Standby | S::Initializing | S::Running => true,
+                            S::Created | S::Paused | S::Shutdown => false,
+                        },
                     }
             }
             Fact::MachineSpawned(_) => {
                 self.machine.is_none()
                     && match self.operation {
                         Some(Create) => self.state == S::Created,
+                        Some(Fork) => self.state == S::Created && !self.snapshot,
                         Some(Start) => self.state == S::Stopped,
                         Some(Stop | Delete | Standby | Restore) | None => false,
+                        Some(Snapshot | Rollback) => false,
                     }
             }
             Fact::CpusStarted { .. } => {
                 self.machine.is_some()
                     && self.state == S::Created
                     && match self.operation {
-                        Some(Create | Start) => true,
+                        Some(Create | Start | Fork) => true,
                         Some(Stop | Delete | Standby | Restore) | None => false,
+                        Some(Snapshot | Rollback) => false,
                     }
             }
             Fact::ProgramStarted | Fact::AgentReady => match self.state {
@@ -326,29 +361,46 @@ impl Record {
             Fact::MachineGone { .. } | Fact::MachineFoundGone { .. } => self.machine.is_some(),
             Fact::OperationFailed { .. } => match self.operation {
                 // They have undone the machine before they say so.
-                Some(Create | Start) => self.machine.is_none(),
+                Some(Create | Start | Fork) => self.machine.is_none(),
                 Some(Restore) => self.snapshot,
-                Some(Stop) => true,
-                // Deleting is finished later, never given up; a standby says what became of the guest.
-                Some(Delete | Standby) | None => false,
+                Some(Stop | Rollback) => true,
+                // Deleting is finished later, never given up; a standby or snapshot says what became of the guest.
+                Some(Delete | Standby | Snapshot) | None => false,
             },
-            Fact::CpusPaused => self.operation == Some(Standby) && self.has_running_guest(),
+            Fact::CpusPaused => {
+                matches!(self.operation, Some(Standby | Snapshot)) && self.has_running_guest()
+            }
             Fact::SnapshotCommitted => {
                 self.operation == Some(Standby) && self.state == S::Paused && !self.snapshot
             }
             Fact::StandbyAbandoned { .. } => {
                 self.operation == Some(Standby) && self.machine.is_some()
             }
-            Fact::Resumed { .. } => self.operation == Some(Restore) && self.machine.is_none(),
+            Fact::Resumed { .. } => {
+                self.machine.is_none()
+                    && match self.operation {
+                        Some(Restore) => true,
+                        Some(Fork) => self.state == S::Created && self.snapshot,
+                        Some(Create | Start | Stop | Delete | Standby | Snapshot | Rollback)
+                        | None => false,
+                    }
+            }
             Fact::AgentAnswered => self.awaits_answer(),
             Fact::MemoryLost { .. } => match self.operation {
                 Some(Restore) => true,
                 Some(Create | Start | Stop | Delete | Standby) | None => false,
+                Some(Fork | Snapshot | Rollback) => false,
             },
             Fact::MemoryDiscarded => match self.operation {
                 Some(Start) => self.state == S::Standby,
                 Some(Create | Stop | Delete | Standby | Restore) | None => false,
+                Some(Fork | Snapshot | Rollback) => false,
             },
+            Fact::GuestContinued => self.operation == Some(Snapshot) && self.machine.is_some(),
+            Fact::Forked => {
+                self.operation == Some(Fork) && self.state == S::Created && self.machine.is_none()
+            }
+            Fact::RolledBack { .. } => self.operation == Some(Rollback) && self.machine.is_none(),
         }
     }
 
@@ -403,8 +455,9 @@ impl Record {
         }
         self.operation = match self.operation {
             Some(Operation::Stop | Operation::Standby) | None => None,
-            kept @ Some(Operation::Create | Operation::Start) => kept,
-            kept @ Some(Operation::Delete | Operation::Restore) => kept,
+            Some(Operation::Snapshot) => None,
+            kept @ Some(Operation::Create | Operation::Start | Operation::Fork) => kept,
+            kept @ Some(Operation::Delete | Operation::Restore | Operation::Rollback) => kept,
         };
         self.enter(State::Stopped, at, cause);
     }
@@ -413,12 +466,42 @@ impl Record {
         self.operation = None;
         self.snapshot = false;
         self.failure = Some(reason.to_owned());
+        self.go_on(at, cause);
+    }
+
+    /// A guest that was paused runs again; what it had become then it still is.
+    fn go_on(&mut self, at: &Stamp, cause: Cause) {
         if self.state == State::Paused {
             let phase = match self.boot.completed(self.ledger.since()) {
                 Some(_) => State::Running,
                 None => State::Initializing,
             };
             self.enter(phase, at, cause);
+        }
+    }
+
+    /// Takes over the memory that `source` had when it was captured.
+    fn inherit(&mut self, source: &Record) {
+        self.boot = source.boot.clone();
+        // What it still had to prove it has to prove when it wakes.
+        self.boot.proof = Proof::NotNeeded;
+        self.boots = self.boots.max(1);
+        self.snapshot = true;
+    }
+
+    fn roll_back(&mut self, memory_of: Option<&Record>, at: &Stamp, cause: Cause) {
+        self.operation = None;
+        self.failure = None;
+        self.exit = None;
+        match memory_of {
+            Some(source) => {
+                self.inherit(source);
+                self.enter(State::Standby, at, cause);
+            }
+            None => {
+                self.snapshot = false;
+                self.enter(State::Stopped, at, cause);
+            }
         }
     }
 
@@ -448,9 +531,10 @@ impl Record {
         self.failure = Some(reason.to_owned());
         // A create that failed leaves nothing: what it made is deleted, also after a crash.
         self.operation = match self.operation {
-            Some(Operation::Create) => Some(Operation::Delete),
+            Some(Operation::Create | Operation::Fork) => Some(Operation::Delete),
             Some(Operation::Start | Operation::Stop | Operation::Delete) => None,
             Some(Operation::Standby | Operation::Restore) | None => None,
+            Some(Operation::Snapshot | Operation::Rollback) => None,
         };
     }
 

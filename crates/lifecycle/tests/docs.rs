@@ -62,6 +62,9 @@ fn facts() -> Vec<Fact> {
             },
         },
         Fact::MemoryDiscarded,
+        Fact::GuestContinued,
+        Fact::Forked,
+        Fact::RolledBack { memory_of: None },
     ]);
     all
 }
@@ -98,9 +101,15 @@ fn transitions() -> String {
         boottime_us: 0,
         wall_us: 0,
     };
-    let first = Record::creating(at.clone());
-    let mut seen = BTreeMap::from([(key(&first), first.clone())]);
-    let mut queue = VecDeque::from([first]);
+    let created = Record::creating(at.clone());
+    let sleeper = Record::forking(None, at.clone());
+    let firsts = [
+        created,
+        Record::forking(Some(&sleeper), at.clone()),
+        sleeper,
+    ];
+    let mut seen: BTreeMap<_, _> = firsts.iter().map(|r| (key(r), r.clone())).collect();
+    let mut queue = VecDeque::from(firsts);
     let mut rows: BTreeMap<Key, BTreeMap<String, String>> = BTreeMap::new();
     while let Some(record) = queue.pop_front() {
         for fact in facts() {

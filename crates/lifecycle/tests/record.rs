@@ -25,6 +25,34 @@ fn process() -> ProcessRef {
     }
 }
 
+/// A guest that was Running when it fell asleep, in an earlier boot of the host.
+fn sleeper() -> Record {
+    let at = |us| stamp(0, us, 1_600_000_000_000_000);
+    [
+        Fact::MachineSpawned(process()),
+        Fact::CpusStarted { agent: true },
+        Fact::ProgramStarted,
+        Fact::AgentReady,
+        Fact::Admitted(Operation::Standby),
+        Fact::CpusPaused,
+        Fact::SnapshotCommitted,
+        Fact::MachineGone { failure: None },
+    ]
+    .iter()
+    .fold(Record::creating(at(1)), |record, fact| {
+        record.apply(fact, &at(2), None).unwrap()
+    })
+}
+
+/// How an instance comes into the world.
+fn beginnings() -> impl Strategy<Value = fn(Stamp) -> Record> {
+    proptest::sample::select(vec![
+        Record::creating as fn(Stamp) -> Record,
+        |at| Record::forking(None, at),
+        |at| Record::forking(Some(&sleeper()), at),
+    ])
+}
+
 fn facts() -> impl Strategy<Value = Fact> {
     prop_oneof![
         proptest::sample::select(Operation::ALL.to_vec()).prop_map(Fact::Admitted),
@@ -64,6 +92,11 @@ fn facts() -> impl Strategy<Value = Fact> {
             last_seen: stamp(0, boottime_us, 1_700_000_000_000_000),
         }),
         Just(Fact::MemoryDiscarded),
+        Just(Fact::GuestContinued),
+        Just(Fact::Forked),
+        any::<bool>().prop_map(|memory| Fact::RolledBack {
+            memory_of: memory.then(|| Box::new(sleeper())),
+        }),
     ]
 }
 
@@ -122,10 +155,11 @@ proptest! {
 
     #[test]
     fn within_one_boot_the_sum_of_all_phases_is_the_time_that_passed(
+        begin in beginnings(),
         steps in proptest::collection::vec((facts(), ticks()), 1..80)
     ) {
         let mut host = Host { boot: 0, boottime: 50_000_000, wall: 1_700_000_000_000_000, timeline: 0 };
-        let mut record = Record::creating(host.now());
+        let mut record = begin(host.now());
         let mut transitions = 0u64;
         for (fact, tick) in steps.iter().filter(|(_, t)| !matches!(t, Tick::Reboot(_))) {
             let at = host.tick(tick);
@@ -145,6 +179,7 @@ proptest! {
     /// next on its own timeline, and nothing else.
     #[test]
     fn the_sum_of_all_phases_is_the_length_of_the_ledgers_timeline(
+        begin in beginnings(),
         steps in proptest::collection::vec((facts(), ticks()), 1..80)
     ) {
         let way = |from: &Stamp, to: &Stamp| match from.boot_id == to.boot_id {
@@ -152,7 +187,7 @@ proptest! {
             false => u64::try_from(to.wall_us - from.wall_us).unwrap_or(0),
         };
         let mut host = Host { boot: 0, boottime: 50_000_000, wall: 1_700_000_000_000_000, timeline: 0 };
-        let mut record = Record::creating(host.now());
+        let mut record = begin(host.now());
         let mut length = 0u64;
         for (fact, tick) in &steps {
             let at = host.tick(tick);
@@ -172,10 +207,11 @@ proptest! {
 
     #[test]
     fn committed_time_never_shrinks_whatever_the_clocks_do(
+        begin in beginnings(),
         steps in proptest::collection::vec((facts(), ticks()), 1..80)
     ) {
         let mut host = Host { boot: 0, boottime: 50_000_000, wall: 1_700_000_000_000_000, timeline: 0 };
-        let mut record = Record::creating(host.now());
+        let mut record = begin(host.now());
         let mut closed: BTreeMap<State, u64> = BTreeMap::new();
         for (fact, tick) in &steps {
             let at = host.tick(tick);
@@ -193,16 +229,17 @@ proptest! {
 
     #[test]
     fn a_record_that_the_rules_made_is_one_they_know(
+        begin in beginnings(),
         steps in proptest::collection::vec(facts(), 1..80)
     ) {
-        let mut record = Record::creating(stamp(0, 1, 1));
+        let mut record = begin(stamp(0, 1, 1));
         for (n, fact) in steps.iter().enumerate() {
             if let Ok(next) = record.apply(fact, &stamp(0, n as u64, n as i64), None) {
                 record = next;
             }
             if record.machine().is_none() {
                 let preparing = record.state() == State::Created
-                    && record.operation() == Some(Operation::Create)
+                    && matches!(record.operation(), Some(Operation::Create | Operation::Fork))
                     || record.state() == State::Created && record.operation() == Some(Operation::Delete);
                 prop_assert!(
                     preparing || !record.state().has_machine(),
@@ -222,8 +259,8 @@ proptest! {
 
     /// What the table lets run, the rules let begin.
     #[test]
-    fn admission_and_apply_agree(steps in proptest::collection::vec(facts(), 1..40)) {
-        let mut record = Record::creating(stamp(0, 1, 1));
+    fn admission_and_apply_agree(begin in beginnings(), steps in proptest::collection::vec(facts(), 1..40)) {
+        let mut record = begin(stamp(0, 1, 1));
         for (n, fact) in steps.iter().enumerate() {
             let at = stamp(0, n as u64, n as i64);
             if let Ok(next) = record.apply(fact, &at, None) {
@@ -246,6 +283,15 @@ proptest! {
                     Command::Stop => Operation::Stop,
                     Command::Delete { .. } => Operation::Delete,
                     Command::Exec => continue,
+                    // Copying what rests changes nothing of it, so nothing is recorded.
+                    Command::Snapshot { .. } | Command::Fork { .. }
+                        if record.state() != State::Running =>
+                    {
+                        continue;
+                    }
+                    Command::Snapshot { stopped: true } | Command::Fork { from_running: false } => continue,
+                    Command::Snapshot { .. } | Command::Fork { .. } => Operation::Snapshot,
+                    Command::Rollback => Operation::Rollback,
                 };
                 let begins = record.apply(&Fact::Admitted(operation), &at, None).is_ok();
                 let runs = admit(record.state(), record.operation(), command) == Admission::Run;
@@ -348,9 +394,9 @@ fn a_failed_start_leaves_it_stopped_with_the_reason() {
 fn a_record_of_a_newer_program_is_refused_with_both_versions() {
     let text = serde_json::to_string(&Record::stopped(stamp(0, 0, 0))).unwrap();
     let newer: Record =
-        serde_json::from_str(&text.replace("\"version\":2", "\"version\":99")).unwrap();
+        serde_json::from_str(&text.replace("\"version\":3", "\"version\":99")).unwrap();
     let error = newer.check_version().unwrap_err();
-    assert!(error.contains("99") && error.contains('2'), "{error}");
+    assert!(error.contains("99") && error.contains('3'), "{error}");
 }
 
 fn running_at(ms: u64) -> Vec<(Fact, u64)> {
@@ -657,4 +703,100 @@ fn a_files_time_becomes_a_moment_of_the_ledger_within_what_is_known() {
     let rebooted = stamp(1, 5, 7_000_000);
     assert_eq!(ledger.moment(3_000_000, &rebooted).boot_id, "boot-0");
     assert_eq!(ledger.moment(8_000_000, &rebooted), rebooted);
+}
+
+#[test]
+fn a_fork_begins_a_ledger_of_its_own_and_wakes_as_what_its_source_was() {
+    let source = sleeper();
+    let spent = |record: &Record, at| record.ledger().durations_ms(&stamp(9, at, 0));
+    let mut fork = Record::forking(Some(&source), stamp(9, 1_000, 0));
+    assert_eq!(
+        (fork.state(), fork.operation()),
+        (State::Created, Some(Operation::Fork))
+    );
+    assert!(spent(&fork, 5_000).keys().eq([&State::Created.phase()]));
+    let apply =
+        |record: &Record, fact: Fact, us| record.apply(&fact, &stamp(9, us, 0), None).unwrap();
+    let resting = apply(&fork, Fact::Forked, 2_000);
+    assert_eq!(
+        (resting.state(), resting.has_snapshot()),
+        (State::Standby, true)
+    );
+    fork = apply(
+        &fork,
+        Fact::Resumed {
+            process: process(),
+            agent: true,
+        },
+        3_000,
+    );
+    assert_eq!(fork.state(), State::Initializing);
+    assert!(fork.awaits_answer() && !fork.has_snapshot());
+    fork = apply(&fork, Fact::AgentAnswered, 4_000);
+    assert_eq!((fork.state(), fork.operation()), (State::Running, None));
+    assert_eq!(spent(&fork, 9_000)["running"], 5);
+}
+
+#[test]
+fn a_fork_that_fails_is_deleted_also_after_a_crash() {
+    for source in [None, Some(&sleeper())] {
+        let fork = Record::forking(source, stamp(0, 0, 0));
+        let failed = Fact::OperationFailed {
+            reason: "no".into(),
+        };
+        let failed = fork.apply(&failed, &stamp(0, 1, 0), None).unwrap();
+        assert_eq!(failed.operation(), Some(Operation::Delete));
+    }
+}
+
+#[test]
+fn a_snapshot_of_a_running_guest_books_its_pause_and_leaves_it_as_it_was() {
+    let record = after(&[
+        (Fact::MachineSpawned(process()), 0),
+        (Fact::CpusStarted { agent: false }, 0),
+        (Fact::ProgramStarted, 0),
+        (Fact::Admitted(Operation::Snapshot), 100),
+        (Fact::CpusPaused, 110),
+        (Fact::GuestContinued, 125),
+    ]);
+    assert_eq!((record.state(), record.operation()), (State::Running, None));
+    assert!(!record.has_snapshot() && record.failure().is_none());
+    assert_eq!(
+        record.ledger().durations_ms(&stamp(0, 200_000, 0))["paused"],
+        15
+    );
+}
+
+#[test]
+fn a_rollback_replaces_what_the_instance_remembers() {
+    let running = after(&[
+        (Fact::MachineSpawned(process()), 0),
+        (Fact::CpusStarted { agent: false }, 0),
+        (Fact::ProgramStarted, 0),
+        (Fact::Admitted(Operation::Rollback), 100),
+    ]);
+    let at = stamp(0, 200_000, 0);
+    let back = Fact::RolledBack {
+        memory_of: Some(Box::new(sleeper())),
+    };
+    assert!(
+        running.apply(&back, &at, None).is_err(),
+        "its machine is still there"
+    );
+    let gone = running
+        .apply(&Fact::MachineGone { failure: None }, &at, None)
+        .unwrap();
+    let asleep = gone.apply(&back, &at, None).unwrap();
+    assert_eq!(
+        (asleep.state(), asleep.has_snapshot()),
+        (State::Standby, true)
+    );
+    let stopped = gone
+        .apply(&Fact::RolledBack { memory_of: None }, &at, None)
+        .unwrap();
+    assert_eq!(
+        (stopped.state(), stopped.has_snapshot()),
+        (State::Stopped, false)
+    );
+    assert_eq!(stopped.operation(), None);
 }

@@ -146,7 +146,17 @@ pub fn seal<M: Serialize>(place: &Path, manifest: &Manifest<M>) -> Result<(), Ma
             .and_then(|file| file.sync_all())
             .map_err(ManifestError::io("fsync", &path))?;
     }
-    let path = stage.join(MANIFEST);
+    write(&stage, manifest)
+}
+
+/// Replaces the manifest of a snapshot that nobody uses, in one step and durably: for a copy that becomes
+/// another instance's. The files it names must be there and unchanged.
+pub fn rewrite<M: Serialize>(place: &Path, manifest: &Manifest<M>) -> Result<(), ManifestError> {
+    write(place, manifest)
+}
+
+fn write<M: Serialize>(folder: &Path, manifest: &Manifest<M>) -> Result<(), ManifestError> {
+    let path = folder.join(MANIFEST);
     let body = serde_json::to_string_pretty(manifest)
         .map_err(|e| ManifestError::invalid(&path, e.to_string()))?;
     let text = format!("{HEADER}{}\n{body}\n", hash(format!("{body}\n").as_bytes()));

@@ -132,7 +132,9 @@ impl From<EngineError> for ApiError {
             EngineError::Ambiguous { .. } | EngineError::Interrupted { .. } => {
                 ApiError::conflict("conflict", message)
             }
-            EngineError::NameTaken { .. } => ApiError::conflict("name_conflict", message),
+            EngineError::NameTaken { .. } | EngineError::SnapshotNameTaken { .. } => {
+                ApiError::conflict("name_conflict", message)
+            }
             EngineError::InvalidField { code, .. } => ApiError::invalid(code, message),
             EngineError::InvalidState { .. } => ApiError::conflict("invalid_state", message),
             EngineError::Snapshot { .. } => ApiError::conflict("conflict", message),

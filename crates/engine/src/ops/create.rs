@@ -16,13 +16,22 @@ use crate::{
 /// nothing of the instance is left: it failed and was undone.
 pub async fn run(instance: &mut Instance, cancel: &Cancel) -> (Result<(), EngineError>, bool) {
     instance.reach(KillPoint::CreateRecorded);
-    let Err(error) = make(instance, cancel).await else {
+    let made = make(instance, cancel).await;
+    or_undo(instance, made).await
+}
+
+/// Of a new instance that could not be made nothing is left; the flag says that nothing is.
+pub async fn or_undo(
+    instance: &mut Instance,
+    made: Result<(), EngineError>,
+) -> (Result<(), EngineError>, bool) {
+    let Err(error) = made else {
         return (Ok(()), false);
     };
     match undo(instance, &error.to_string()).await {
         Ok(()) => (Err(error), true),
         Err(undoing) => {
-            instance.note(&format!("undoing the create failed: {undoing}"));
+            instance.note(&format!("undoing it failed: {undoing}"));
             let reason = format!("{error}; undoing it failed too: {undoing}");
             (
                 Err(EngineError::Internal {
@@ -51,7 +60,7 @@ async fn make(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineErro
 
 /// From now on the record says that this instance is being deleted, so a crash here goes on deleting.
 pub async fn undo(instance: &mut Instance, reason: &str) -> Result<(), EngineError> {
-    instance.note(&format!("create failed: {reason}"));
+    instance.note(&format!("making it failed: {reason}"));
     launch::end_failed(instance).await?;
     instance
         .commit(Fact::OperationFailed {

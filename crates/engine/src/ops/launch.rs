@@ -4,7 +4,10 @@
 //!   TAP ─> VMM spawned ─> recorded ─> CPUs resumed ─> recorded   (commit point)
 //! ```
 //! A crash before "recorded" leaves a VMM that only its mark names; recovery finds it by that.
-use doze_agent::config::{self, GuestConfig, GuestNetwork};
+use doze_agent::{
+    config::{self, GuestConfig, GuestNetwork},
+    message::Identity,
+};
 use doze_host::{files, net::TapConfig};
 use doze_image::ImageConfig;
 use doze_lifecycle::Fact;
@@ -58,6 +61,8 @@ pub async fn end_failed(instance: &mut Instance) -> Result<(), EngineError> {
 }
 
 async fn boot(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineError> {
+    // A guest that boots reads who it is.
+    instance.inherited = false;
     instance
         .ctx
         .reserve_memory(&instance.id, instance.spec.memory_bytes)?;
@@ -90,7 +95,17 @@ async fn boot(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineErro
     Ok(())
 }
 
+/// On the bridge, unless its guest still has the addresses of another one.
 pub async fn make_tap(instance: &Instance) -> Result<(), EngineError> {
+    tap(instance, instance.inherited).await
+}
+
+/// A sleeper has its TAP on the bridge: there is nobody behind it.
+pub async fn make_sleepers_tap(instance: &Instance) -> Result<(), EngineError> {
+    tap(instance, false).await
+}
+
+async fn tap(instance: &Instance, detached: bool) -> Result<(), EngineError> {
     let Some(claim) = &instance.claim else {
         return Ok(());
     };
@@ -102,10 +117,21 @@ pub async fn make_tap(instance: &Instance) -> Result<(), EngineError> {
             what: "the server's network is switched off, but this instance has an address".into(),
             mend: "set [network] enabled = true".into(),
         })?;
-    network
-        .ensure_tap(&tap_config(instance, claim))
-        .await
-        .map_err(net_error)
+    let tap = tap_config(instance, claim);
+    let made = match detached {
+        true => network.ensure_tap_detached(&tap).await,
+        false => network.ensure_tap(&tap).await,
+    };
+    made.map_err(net_error)
+}
+
+/// Who a guest is from now on that woke with another one's memory; `None` when its memory is its own.
+pub fn new_identity(instance: &Instance) -> Option<Identity> {
+    instance.inherited.then(|| Identity {
+        hostname: instance.name.clone(),
+        machine_id: config::machine_id(&instance.id),
+        network: guest_network(instance),
+    })
 }
 
 pub fn tap_config(instance: &Instance, claim: &crate::NetworkClaim) -> TapConfig {
@@ -260,16 +286,6 @@ fn guest_config(instance: &Instance, image: &ImageConfig) -> Result<GuestConfig,
         .cloned()
         .chain(spec.env.iter().map(|(key, value)| format!("{key}={value}")))
         .collect();
-    let network = match (&instance.claim, &instance.ctx.config.network) {
-        (Some(claim), Some(network)) => Some(GuestNetwork {
-            mac: claim.mac.clone(),
-            address: claim.ip,
-            prefix: network.subnet.prefix,
-            gateway: network.gateway,
-            dns: instance.ctx.config.dns.clone(),
-        }),
-        _ => None,
-    };
     Ok(GuestConfig {
         version: 1,
         instance_id: instance.id.clone(),
@@ -286,9 +302,22 @@ fn guest_config(instance: &Instance, image: &ImageConfig) -> Result<GuestConfig,
             .stop_signal
             .clone()
             .unwrap_or_else(|| "SIGTERM".into()),
-        network,
+        network: guest_network(instance),
         skip_guest_agent: spec.skip_guest_agent,
     })
+}
+
+fn guest_network(instance: &Instance) -> Option<GuestNetwork> {
+    match (&instance.claim, &instance.ctx.config.network) {
+        (Some(claim), Some(network)) => Some(GuestNetwork {
+            mac: claim.mac.clone(),
+            address: claim.ip,
+            prefix: network.subnet.prefix,
+            gateway: network.gateway,
+            dns: instance.ctx.config.dns.clone(),
+        }),
+        _ => None,
+    }
 }
 
 #[cfg(test)]

@@ -1,9 +1,12 @@
 //! One operation, one file. Each borrows the instance exclusively, records before it acts, and on
 //! failure undoes what it did. `Cancel` is looked at between effects, never inside one.
+pub mod capture;
 pub mod create;
 pub mod delete;
+pub mod fork;
 pub mod launch;
 pub mod restore;
+pub mod rollback;
 pub mod standby;
 pub mod start;
 pub mod stop;

@@ -53,6 +53,48 @@ pub async fn run(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineE
     Ok(())
 }
 
+/// Wakes a fork with its source's memory. On error its guest never ran, or is not who it should be.
+pub async fn awaken(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineError> {
+    check_agent(instance)?;
+    let mut laps = Laps::start("waking the fork");
+    wake(instance, cancel, &mut laps).await?;
+    prove(instance, cancel).await?;
+    laps.lap("answered");
+    instance.note(laps.text());
+    let refused = instance.live.as_ref().and_then(|live| {
+        let answer = live.proof.as_ref()?.answer.borrow().clone()?;
+        (!answer.identity_applied).then(|| answer.problem.unwrap_or_else(|| TOO_OLD.to_owned()))
+    });
+    match refused {
+        Some(problem) if instance.inherited => Err(EngineError::Snapshot {
+            reason: format!("the guest did not take its new identity: {problem}"),
+        }),
+        Some(_) | None => Ok(()),
+    }
+}
+
+const TOO_OLD: &str = "its agent is too old to know of one";
+
+/// Only an agent can give a copy the addresses of its own.
+pub fn check_agent(instance: &Instance) -> Result<(), EngineError> {
+    if instance.inherited && instance.spec.skip_guest_agent && instance.claim.is_some() {
+        return Err(no_agent(instance.record.state()));
+    }
+    Ok(())
+}
+
+pub fn no_agent(state: doze_lifecycle::State) -> EngineError {
+    EngineError::InvalidState {
+        state,
+        refusal: doze_lifecycle::Refusal {
+            command: doze_lifecycle::Command::Fork { from_running: true },
+            state,
+            operation: None,
+            advice: "it has a network but no guest agent (skip_guest_agent), which would give the copy its own addresses; fork it when it is Stopped",
+        },
+    }
+}
+
 /// On success the CPUs run and the record says so. On error they never ran, or the record could
 /// not be told; [`undo`] finds out which.
 async fn wake(
@@ -67,7 +109,11 @@ async fn wake(
     };
     let place = instance.dir().join(SNAPSHOT);
     let manifest = verify(instance, &place).await?;
-    let description = manifest.machine;
+    let mut description = manifest.machine;
+    // Its kernel may have seen this moment before.
+    description
+        .renew_generation()
+        .map_err(io_error("making a machine's generation"))?;
     ctx.reserve_memory(&instance.id, description.memory_bytes)?;
     // On a full disk it would die as soon as it touches a page that its file has not yet. How many it will touch
     // nobody knows: disk, like memory, is overcommitted, but never begun without room.
@@ -134,13 +180,18 @@ fn still_there(status: &watch::Receiver<MachineStatus>) -> Result<(), EngineErro
 
 /// Its CPUs run. Recorded with the process, so that a later server finds it.
 async fn record_resumed(instance: &mut Instance, at: &Stamp) -> Result<(), EngineError> {
+    let identity = launch::new_identity(instance);
     let Some(live) = instance.live.as_mut() else {
         return Err(EngineError::Internal {
             context: "restore".into(),
             reason: "its machine is out of reach".into(),
         });
     };
-    live.proof = Some(Proof::ask(live.agent.clone(), instance.id.clone()));
+    live.proof = Some(Proof::ask(
+        live.agent.clone(),
+        instance.id.clone(),
+        identity,
+    ));
     let fact = Fact::Resumed {
         process: process_ref(live.machine.process()),
         agent: !instance.spec.skip_guest_agent,

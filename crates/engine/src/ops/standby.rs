@@ -194,7 +194,7 @@ async fn status(instance: &Instance) -> Result<MachineStatus, EngineError> {
 
 /// When the CPUs ran again. `None`: there is no machine any more, and whoever observes that ends the
 /// standby, too.
-async fn resume(instance: &Instance) -> Result<Option<Stamp>, EngineError> {
+pub async fn resume(instance: &Instance) -> Result<Option<Stamp>, EngineError> {
     use MachineStatus as S;
     let Some(live) = &instance.live else {
         return Ok(None);
@@ -226,7 +226,7 @@ async fn forget_old(instance: &Instance) -> Result<(), EngineError> {
 
 /// Writes back what can be written while the guest runs, so that little is left to do while it does not.
 /// Whoever interrupts does not wait for the disk.
-async fn flush(description: &MachineDescription, cancel: &Cancel) -> Result<(), EngineError> {
+pub async fn flush(description: &MachineDescription, cancel: &Cancel) -> Result<(), EngineError> {
     let (memory, disks) = (description.memory.clone(), writable(description));
     let work = blocking("writing memory back", move || {
         disks.iter().try_for_each(|disk| sync(disk))?;
@@ -247,7 +247,7 @@ fn sync(path: &Path) -> std::io::Result<()> {
     File::open(path)?.sync_data()
 }
 
-fn describe(
+pub fn describe(
     version: String,
     description: &MachineDescription,
     saved: Vec<SavedFile>,
@@ -328,7 +328,7 @@ async fn unmark(place: &Path) -> Result<(), EngineError> {
 }
 
 /// `StorageFull` is the operator's to mend and says so.
-fn disk_error(context: &str, error: &std::io::Error) -> EngineError {
+pub fn disk_error(context: &str, error: &std::io::Error) -> EngineError {
     match error.kind() {
         std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
             EngineError::Capacity {

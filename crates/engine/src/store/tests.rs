@@ -37,6 +37,8 @@ fn stored(id: &str, name: &str) -> StoredInstance {
             spec,
             record: Record::creating(at),
             machine: None,
+            inherited: false,
+            rollback: None,
         },
     }
 }
@@ -53,7 +55,7 @@ fn pool(prefix: u8) -> AddressPool {
 async fn what_was_answered_is_there_after_opening_again() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("doze.db");
-    let (store, all) = Store::open(&path).unwrap();
+    let (store, Contents { instances: all, .. }) = Store::open(&path).unwrap();
     assert!(all.is_empty());
     let claim = store
         .insert(stored("i1", "one"), Some(pool(24)))
@@ -70,7 +72,7 @@ async fn what_was_answered_is_there_after_opening_again() {
     store.update("i1", changed.clone()).await.unwrap();
     store.remove("i3").await.unwrap();
     // No orderly end: a second reader sees what is on disk.
-    let (_, all) = Store::open(&path).unwrap();
+    let (_, Contents { instances: all, .. }) = Store::open(&path).unwrap();
     assert_eq!(all.len(), 2);
     assert_eq!(all[0].claim, Some(claim));
     assert_eq!(all[0].document, changed);
@@ -157,7 +159,7 @@ async fn many_writers_at_once_all_get_their_own_outcome() {
     });
     let outcomes = futures::future::join_all(jobs).await;
     assert_eq!(outcomes.iter().filter(|o| o.is_ok()).count(), 150);
-    let (_, all) = Store::open(&path).unwrap();
+    let (_, Contents { instances: all, .. }) = Store::open(&path).unwrap();
     let ips: HashSet<_> = all
         .iter()
         .filter_map(|i| i.claim.as_ref())
@@ -176,7 +178,7 @@ fn a_store_of_a_newer_program_is_refused_with_both_versions() {
         .pragma_update(None, "user_version", 99)
         .unwrap();
     let error = Store::open(&path).err().unwrap().to_string();
-    assert!(error.contains("99") && error.contains('1'), "{error}");
+    assert!(error.contains("99") && error.contains('2'), "{error}");
 }
 
 /// As the first version wrote it, a guest running.
@@ -194,7 +196,7 @@ async fn what_the_first_version_wrote_is_read_and_goes_on() {
             [FIRST_VERSION],
         )
         .unwrap();
-    let (_store, all) = Store::open(&path).unwrap();
+    let (_store, Contents { instances: all, .. }) = Store::open(&path).unwrap();
     let record = &all[0].document.record;
     let at = |seconds: u64| doze_lifecycle::Stamp {
         boot_id: "b".into(),
@@ -221,5 +223,77 @@ async fn what_the_first_version_wrote_is_read_and_goes_on() {
     assert_eq!(asleep.state(), doze_lifecycle::State::Standby);
     // An older program would not know what this means.
     let text = serde_json::to_string(&asleep).unwrap();
-    assert!(text.contains("\"version\":2"), "{text}");
+    assert!(text.contains("\"version\":3"), "{text}");
+}
+
+fn snapshot(id: &str, name: Option<&str>) -> Snapshot {
+    let document = stored("source", "source").document;
+    Snapshot {
+        id: id.into(),
+        name: name.map(str::to_owned),
+        kind: crate::SnapshotKind::Standby,
+        source_id: "source".into(),
+        source_name: "source".into(),
+        created_at_us: 1,
+        tags: BTreeMap::new(),
+        scheduled: false,
+        size_bytes: 7,
+        memory_bytes: 5,
+        spec: document.spec,
+        record: document.record,
+        inherited: false,
+    }
+}
+
+#[tokio::test]
+async fn snapshots_and_schedules_outlive_their_instance() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("doze.db");
+    let (store, _) = Store::open(&path).unwrap();
+    store
+        .insert(stored("source", "source"), None)
+        .await
+        .unwrap();
+    let (one, two) = (snapshot("s1", Some("kept")), snapshot("s2", None));
+    store.add_snapshot(one.clone()).await.unwrap();
+    store.add_snapshot(two.clone()).await.unwrap();
+    let taken = store.add_snapshot(snapshot("s3", Some("kept"))).await;
+    let Err(StoreError::SnapshotNameTaken { name, holder }) = taken else {
+        panic!("{taken:?}");
+    };
+    assert_eq!((name.as_str(), holder.as_str()), ("kept", "s1"));
+    let schedule = Schedule {
+        instance_id: "source".into(),
+        request: crate::ScheduleRequest {
+            interval_us: 60_000_000,
+            max_count: Some(1),
+            max_age_us: None,
+            metadata: BTreeMap::new(),
+            name_prefix: None,
+        },
+        created_at_us: 1,
+        updated_at_us: 1,
+        next_run_at_us: 2,
+        last_run_at_us: None,
+        last_snapshot_id: None,
+        last_error: None,
+    };
+    store.put_schedule(schedule.clone()).await.unwrap();
+    let changed = Schedule {
+        next_run_at_us: 3,
+        ..schedule
+    };
+    store.put_schedule(changed.clone()).await.unwrap();
+    store.remove("source").await.unwrap();
+    drop(store);
+    let (store, contents) = Store::open(&path).unwrap();
+    assert!(contents.instances.is_empty());
+    assert_eq!(contents.snapshots, [one.clone(), two]);
+    assert_eq!(contents.schedules, [changed]);
+    store.remove_snapshot("s2").await.unwrap();
+    store.remove_schedule("source").await.unwrap();
+    drop(store);
+    let (_store, contents) = Store::open(&path).unwrap();
+    assert_eq!(contents.snapshots, [one]);
+    assert!(contents.schedules.is_empty());
 }

@@ -1,0 +1,71 @@
+//! What all of this costs in disk and memory.
+use doze_host::{files, usage};
+
+use super::DiskUsage;
+use crate::{
+    Engine, EngineError,
+    context::{blocking, io_error},
+    instance::{MEMORY, OVERLAY, SNAPSHOT},
+};
+
+impl Engine {
+    /// Bytes of disk that a snapshot's files hold; extents it shares with others count, too.
+    pub async fn snapshot_allocated(&self, id: &str) -> Result<u64, EngineError> {
+        let dir = self.shared.ctx.snapshot_dir(id);
+        blocking(
+            "measuring a snapshot",
+            move || match files::allocated_bytes(&dir) {
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(0),
+                measured => measured,
+            },
+        )
+        .await?
+        .map_err(io_error("measuring a snapshot"))
+    }
+
+    /// Measures the disk: looks at every file of ours, so not for every second.
+    pub async fn disk_usage(&self) -> Result<DiskUsage, EngineError> {
+        let ctx = self.shared.ctx.clone();
+        let instances: Vec<_> = self
+            .list()
+            .iter()
+            .map(|view| (view.id.clone(), view.name.clone()))
+            .collect();
+        blocking("measuring the disk", move || {
+            let data = ctx.config.data_dir.clone();
+            let mut all = usage::DiskUsage::new();
+            let mut add = |path: std::path::PathBuf| match all.add(&path) {
+                // What vanishes meanwhile counts nothing.
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(0),
+                added => added,
+            };
+            let mut found = DiskUsage {
+                capacity: files::total_space(&data)?,
+                free: files::free_space(&data)?,
+                images: add(data.join("images"))?,
+                ..DiskUsage::default()
+            };
+            for (id, name) in instances {
+                let dir = ctx.instance_dir(&id);
+                found.overlays += add(dir.join(OVERLAY))?;
+                found.memory += add(dir.join(MEMORY))? + add(dir.join(SNAPSHOT))?;
+                let own = match files::allocated_bytes(&dir) {
+                    Err(e) if e.kind() == std::io::ErrorKind::NotFound => 0,
+                    measured => measured?,
+                };
+                found.instances.push((id, name, own));
+            }
+            found.snapshots = add(ctx.snapshots_dir())?;
+            add(data)?;
+            found.allocated = all.bytes();
+            Ok(found)
+        })
+        .await?
+        .map_err(io_error("measuring the disk"))
+    }
+
+    /// Bytes of memory booked by machines, and the limit they count against.
+    pub fn memory_usage(&self) -> (u64, u64) {
+        self.shared.ctx.memory_usage()
+    }
+}
