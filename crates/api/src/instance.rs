@@ -81,7 +81,7 @@ impl FromStr for InstanceState {
     }
 }
 
-fn pick<T: Copy, const N: usize>(
+pub(crate) fn pick<T: Copy, const N: usize>(
     all: [T; N],
     name: fn(T) -> &'static str,
     what: &'static str,

@@ -17,7 +17,9 @@ pub mod exec;
 pub mod image;
 pub mod instance;
 pub mod policy;
+pub mod resources;
 pub mod size;
+pub mod snapshot;
 
 #[cfg(feature = "client")]
 pub mod client;
@@ -36,7 +38,13 @@ pub use instance::{
     InstanceState, LogSource, PhaseTransition, StandbyInstanceRequest, StartInstanceRequest,
     WaitForStateResponse,
 };
+pub use resources::{DiskBreakdown, ResourceAllocation, ResourceStatus, Resources};
 pub use size::{SizeError, format_size, parse_size};
+pub use snapshot::{
+    CompressionState, CreateSnapshotRequest, ForkInstanceRequest, ForkSnapshotRequest,
+    RestoreSnapshotRequest, SetSnapshotScheduleRequest, Snapshot, SnapshotKind, SnapshotSchedule,
+    SnapshotScheduleRetention, TargetState,
+};
 
 /// Version of the contract these types follow.
 pub const CONTRACT_VERSION: &str = "0.28.0";

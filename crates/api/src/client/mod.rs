@@ -7,6 +7,7 @@ mod exec;
 mod images;
 mod instances;
 mod logs;
+mod snapshots;
 
 use std::time::Duration;
 
@@ -18,6 +19,7 @@ pub use exec::{ExecEvent, ExecInput, ExecOutput, ExecSession};
 pub use images::{ImportProgress, ImportRequest};
 pub use instances::InstanceFilter;
 pub use logs::{LogStream, LogsQuery};
+pub use snapshots::SnapshotListFilter;
 
 use crate::{Capabilities, Health};
 
