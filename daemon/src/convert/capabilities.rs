@@ -58,8 +58,8 @@ pub(crate) async fn capabilities(engine: &Engine) -> Capabilities {
     }
 }
 
-/// What every monitor of this build does through this API; snapshots, fork and pause are not built yet.
-const RUNTIME_FEATURES: [&str; 1] = ["standby"];
+/// What every monitor of this build does through this API; pause is not built yet.
+const RUNTIME_FEATURES: [&str; 3] = ["fork", "snapshots", "standby"];
 
 fn runtime(hypervisor: Hypervisor, probe: Probe) -> Runtime {
     Runtime {

@@ -16,7 +16,12 @@ pub(crate) fn create(request: CreateInstanceRequest) -> Checked<CreateRequest> {
     keep.checked(fields::instance_name(&request.name));
     keep.checked(image(&request.image));
     keep.checked(request.platform.as_deref().map_or(Ok(()), fields::platform));
-    let hypervisor = keep.checked(request.hypervisor.map(hypervisor).transpose());
+    let hypervisor = keep.checked(
+        request
+            .hypervisor
+            .map(|wanted| self::hypervisor("hypervisor", wanted))
+            .transpose(),
+    );
     let vcpus = keep.checked(request.vcpus.map(vcpus).transpose());
     let memory_bytes = keep.checked(request.size.as_deref().map(fields::memory_size).transpose());
     let overlay_bytes = keep.checked(
@@ -62,10 +67,11 @@ pub(crate) fn start(request: StartInstanceRequest) -> Checked<StartOverrides> {
     })
 }
 
-struct Collector<'a>(&'a mut Vec<ApiError>);
+/// Gathers complaints, so that one answer has them all.
+pub(super) struct Collector<'a>(pub(super) &'a mut Vec<ApiError>);
 
 impl Collector<'_> {
-    fn checked<T>(&mut self, outcome: Checked<T>) -> Option<T> {
+    pub(super) fn checked<T>(&mut self, outcome: Checked<T>) -> Option<T> {
         outcome.map_err(|error| self.0.push(error)).ok()
     }
 }
@@ -88,14 +94,15 @@ fn vcpus(count: i64) -> Checked<u32> {
         .ok_or_else(|| fields::invalid("invalid_field", "vcpus", count, "1 and more"))
 }
 
-fn hypervisor(hypervisor: doze_api::Hypervisor) -> Checked<Hypervisor> {
+/// A monitor that this build has.
+pub(super) fn hypervisor(field: &str, hypervisor: doze_api::Hypervisor) -> Checked<Hypervisor> {
     match hypervisor {
         doze_api::Hypervisor::Qemu => Ok(Hypervisor::Qemu),
         doze_api::Hypervisor::QemuMicrovm => Ok(Hypervisor::QemuMicrovm),
         doze_api::Hypervisor::CloudHypervisor
         | doze_api::Hypervisor::Firecracker
         | doze_api::Hypervisor::Vz => Err(ApiError::not_implemented(format!(
-            "hypervisor: {hypervisor} is not built yet on this server; built are: qemu, qemu-microvm"
+            "{field}: {hypervisor} is not built yet on this server; built are: qemu, qemu-microvm"
         ))),
     }
 }

@@ -8,7 +8,7 @@ const MB: u64 = 1 << 20;
 const MIN_MEMORY: u64 = 64 * MB;
 /// ext4 with a journal does not fit into less.
 const MIN_OVERLAY: u64 = 16 * MB;
-const MAX_NAME: usize = 63;
+pub(crate) const MAX_NAME: usize = 63;
 const MAX_TAGS: usize = 50;
 const MAX_TAG_KEY: usize = 128;
 const MAX_TAG_VALUE: usize = 256;
@@ -30,18 +30,23 @@ pub(crate) fn invalid(
 
 /// `^[a-z0-9]([a-z0-9-]*[a-z0-9])?$`, at most 63 characters.
 pub(crate) fn instance_name(name: &str) -> Checked<()> {
+    label("name", name, MAX_NAME)
+}
+
+/// The same alphabet for whatever else has a name.
+pub(crate) fn label(field: &str, text: &str, max: usize) -> Checked<()> {
     let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
-    let ok = (1..=MAX_NAME).contains(&name.len())
-        && name.bytes().all(|b| inner(b) || b == b'-')
-        && !name.starts_with('-')
-        && !name.ends_with('-');
+    let ok = (1..=max).contains(&text.len())
+        && text.bytes().all(|b| inner(b) || b == b'-')
+        && !text.starts_with('-')
+        && !text.ends_with('-');
     match ok {
         true => Ok(()),
         false => Err(invalid(
             "invalid_name",
-            "name",
-            format!("{name:?}"),
-            "1 to 63 lower-case letters, digits and dashes, no dash at either end",
+            field,
+            format!("{text:?}"),
+            &format!("1 to {max} lower-case letters, digits and dashes, no dash at either end"),
         )),
     }
 }
@@ -172,11 +177,16 @@ pub(crate) fn words(field: &str, words: &[String]) -> Checked<()> {
 
 /// The contract's limits on tags: 50 at most, keys of 1 to 128 and values of up to 256 characters.
 pub(crate) fn tags(tags: &BTreeMap<String, String>) -> Vec<ApiError> {
+    tags_in("tags", tags)
+}
+
+/// The same limits for tags that stand in another field.
+pub(crate) fn tags_in(field: &str, tags: &BTreeMap<String, String>) -> Vec<ApiError> {
     let mut complaints = Vec::new();
     if tags.len() > MAX_TAGS {
         complaints.push(invalid(
             "invalid_field",
-            "tags",
+            field,
             format!("{} entries", tags.len()),
             &format!("at most {MAX_TAGS}"),
         ));
@@ -188,7 +198,7 @@ pub(crate) fn tags(tags: &BTreeMap<String, String>) -> Vec<ApiError> {
         if !key_ok || !value_ok || control {
             complaints.push(invalid(
                 "invalid_field",
-                "tags",
+                field,
                 format!("{key:?}"),
                 &format!("keys of 1 to {MAX_TAG_KEY} and values of up to {MAX_TAG_VALUE} characters, no control characters"),
             ));

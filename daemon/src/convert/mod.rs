@@ -6,4 +6,7 @@ pub(crate) mod exec;
 pub(crate) mod fields;
 pub(crate) mod image;
 pub(crate) mod instance;
+pub(crate) mod resources;
+pub(crate) mod schedule;
+pub(crate) mod snapshot;
 pub(crate) mod unbuilt;

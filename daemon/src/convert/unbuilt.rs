@@ -3,7 +3,8 @@
 use doze_api::{
     CreateInstanceRequest, CreateNetwork, StandbyInstanceRequest,
     policy::{
-        AutoStandbyPolicy, HealthCheck, HealthCheckType, RestartMode, RestartPolicy, SnapshotPolicy,
+        AutoStandbyPolicy, HealthCheck, HealthCheckType, RestartMode, RestartPolicy,
+        SnapshotCompressionConfig, SnapshotPolicy,
     },
 };
 
@@ -140,6 +141,11 @@ pub(crate) fn standby(request: &StandbyInstanceRequest) -> Checked<()> {
     }
     let compresses = request.compression.as_ref().is_some_and(|c| c.enabled);
     empty("compression", !compresses)
+}
+
+/// Compression of a snapshot's memory.
+pub(super) fn snapshot_compression(compression: &SnapshotCompressionConfig) -> Checked<()> {
+    empty("compression", !compression.enabled)
 }
 
 fn health_check(check: &HealthCheck) -> Checked<()> {

@@ -115,6 +115,21 @@ impl<S: Send + Sync> FromRequestParts<S> for Segment {
     }
 }
 
+/// Two of them: `{id}` and `{snapshot_id}`.
+pub struct Segments(pub String, pub String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Segments {
+    type Rejection = ApiError;
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let Path((first, second)) = Path::<(String, String)>::from_request_parts(parts, state)
+            .await
+            .map_err(|rejection: PathRejection| {
+                ApiError::bad_request(format!("the path cannot be read: {rejection}"))
+            })?;
+        Ok(Segments(first, second))
+    }
+}
+
 /// A query as pairs, taken out one by one; what is left over is refused.
 pub struct QueryReader {
     pairs: Vec<(String, String)>,

@@ -51,7 +51,9 @@ pub(super) async fn list(
 }
 
 /// Written one by one: a thousand instances as values would be megabytes for every caller.
-fn json_array<T: serde::Serialize>(items: impl Iterator<Item = T>) -> Result<Response, ApiError> {
+pub(super) fn json_array<T: serde::Serialize>(
+    items: impl Iterator<Item = T>,
+) -> Result<Response, ApiError> {
     let mut text = vec![b'['];
     for item in items {
         if text.len() > 1 {

@@ -35,6 +35,9 @@ mod instances;
 mod logs;
 mod metrics;
 mod openapi;
+mod resources;
+mod schedules;
+mod snapshots;
 mod spec;
 #[cfg(test)]
 mod tests;
@@ -114,6 +117,14 @@ fn served() -> OpenApiRouter<AppState> {
         .routes(routes!(instances::restore))
         .routes(routes!(instances::wait))
         .routes(routes!(instances::phases))
+        .routes(routes!(snapshots::fork_instance))
+        .routes(routes!(snapshots::create))
+        .routes(routes!(snapshots::restore))
+        .routes(routes!(snapshots::list))
+        .routes(routes!(snapshots::get, snapshots::delete))
+        .routes(routes!(snapshots::fork))
+        .routes(routes!(schedules::set, schedules::get, schedules::delete))
+        .routes(routes!(resources::resources))
         .routes(routes!(metrics::metrics))
         .routes(routes!(logs::logs))
         .routes(routes!(exec::exec))

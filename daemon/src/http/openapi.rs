@@ -21,6 +21,7 @@ use utoipa::{
     servers((url = "http://localhost:4973", description = "The default address")),
     tags(
         (name = "instances", description = "microVMs and what runs in them"),
+        (name = "snapshots", description = "Moments of an instance: kept, restored, forked, taken on a schedule"),
         (name = "images", description = "OCI images on this host"),
         (name = "server", description = "The server itself")
     ),

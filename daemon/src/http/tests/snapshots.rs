@@ -1,0 +1,169 @@
+//! Snapshots, forks and schedules: what is refused before the engine is asked.
+use super::*;
+
+const RESTORE: &str = "/instances/seed-0/snapshots/nosuch/restore";
+
+#[tokio::test]
+async fn requests_are_refused_before_anything_changes() {
+    let server = server_with(1).await;
+    let snapshots = "/instances/seed-0/snapshots";
+    let forks = "/instances/seed-0/fork";
+    let of_snapshot = "/snapshots/nosuch/fork";
+    for (path, body, status, code, part) in [
+        (snapshots, json!({}), 400, "missing_field", "`kind`"),
+        (
+            snapshots,
+            json!({"kind": "stopped"}),
+            400,
+            "invalid_field",
+            "kind: ",
+        ),
+        (
+            snapshots,
+            json!({"kind": "Stopped", "name": "Before"}),
+            400,
+            "invalid_name",
+            "name: \"Before\"",
+        ),
+        (
+            snapshots,
+            json!({"kind": "Stopped", "nmae": "x"}),
+            400,
+            "invalid_field",
+            "`nmae`",
+        ),
+        (
+            snapshots,
+            json!({"kind": "Stopped", "tags": {"": "x"}}),
+            400,
+            "invalid_field",
+            "tags: ",
+        ),
+        (
+            snapshots,
+            json!({"kind": "Standby", "compression": {"enabled": true}}),
+            501,
+            "not_implemented",
+            "compression: ",
+        ),
+        (
+            snapshots,
+            json!({"kind": "Stopped", "compression": {"enabled": true}}),
+            400,
+            "invalid_field",
+            "compression.enabled: ",
+        ),
+        (forks, json!({}), 400, "missing_field", "`name`"),
+        (
+            forks,
+            json!({"name": "a".repeat(64)}),
+            400,
+            "invalid_name",
+            "name: ",
+        ),
+        (
+            forks,
+            json!({"name": "a", "target_state": "Paused"}),
+            400,
+            "invalid_field",
+            "target_state: ",
+        ),
+        (
+            forks,
+            json!({"name": "a", "target_hypervisor": "qemu"}),
+            400,
+            "invalid_field",
+            "`target_hypervisor`",
+        ),
+        (
+            of_snapshot,
+            json!({"name": "a", "from_running": true}),
+            400,
+            "invalid_field",
+            "`from_running`",
+        ),
+        (
+            of_snapshot,
+            json!({"name": "a", "target_hypervisor": "xen"}),
+            400,
+            "invalid_field",
+            "target_hypervisor: ",
+        ),
+        (
+            of_snapshot,
+            json!({"name": "a", "target_hypervisor": "cloud-hypervisor"}),
+            501,
+            "not_implemented",
+            "target_hypervisor: ",
+        ),
+        (
+            RESTORE,
+            json!({"target_hypervisor": "vz"}),
+            501,
+            "not_implemented",
+            "target_hypervisor: ",
+        ),
+        (
+            RESTORE,
+            json!({"name": "a"}),
+            400,
+            "invalid_field",
+            "`name`",
+        ),
+    ] {
+        let answer = server.send(Method::POST, path, body.to_string()).await;
+        let message = answer.error(status, code);
+        assert!(message.contains(part), "{path} {body}: {message}");
+    }
+    for query in ["kind=standby", "source=x", "tag=x", "name=a&name=b"] {
+        let path = format!("/snapshots?{query}");
+        server.get(&path).await.error(400, "invalid_field");
+    }
+    server
+        .get("/resources?of=x")
+        .await
+        .error(400, "invalid_field");
+}
+
+#[tokio::test]
+async fn schedules_are_refused_before_anything_changes() {
+    let server = server_with(1).await;
+    for (body, code, part) in [
+        (json!({"interval": "1h"}), "missing_field", "`retention`"),
+        (
+            json!({"retention": {"max_count": 1}}),
+            "missing_field",
+            "`interval`",
+        ),
+        (
+            json!({"interval": "30s", "retention": {"max_count": 1}}),
+            "invalid_field",
+            "interval: \"30s\"",
+        ),
+        (
+            json!({"interval": "1h", "retention": {}}),
+            "invalid_field",
+            "retention: ",
+        ),
+        (
+            json!({"interval": "1h", "retention": {"max_cuont": 1}}),
+            "invalid_field",
+            "`max_cuont`",
+        ),
+        (
+            json!({"interval": "1h", "retention": {"max_count": 1.5}}),
+            "invalid_field",
+            "retention.max_count: ",
+        ),
+        (
+            json!({"interval": "1h", "retention": {"max_count": 1}, "name_prefix": "a".repeat(48)}),
+            "invalid_name",
+            "name_prefix: ",
+        ),
+    ] {
+        let path = "/instances/seed-0/snapshot-schedule";
+        let answer = server.send(Method::PUT, path, body.to_string()).await;
+        let message = answer.error(400, code);
+        assert!(message.contains(part), "{body}: {message}");
+    }
+}
