@@ -18,6 +18,7 @@ mod connection;
 mod failure;
 mod names;
 mod output;
+mod progress;
 mod server;
 mod terminal;
 mod upload;

@@ -21,7 +21,7 @@ fn every_verb_is_there() {
         .collect();
     for verb in [
         "serve", "run", "ps", "exec", "logs", "stop", "start", "rm", "inspect", "wait", "image",
-        "token", "doctor",
+        "token", "doctor", "fork", "snapshot", "schedule",
     ] {
         assert!(verbs.iter().any(|v| v == verb), "{verb} is missing");
     }
@@ -56,8 +56,66 @@ fn wrong_usage_is_refused() {
         &["ps", "--tag", "team"],
         &["ps", "--json", "--quiet"],
         &["image", "import", "redis"],
+        &["fork", "web"],
+        &["fork", "web", "new", "--target-state", "Paused"],
+        &["snapshot"],
+        &["snapshot", "create"],
+        &["snapshot", "create", "web", "--kind", "Running"],
+        &["snapshot", "ls", "--json", "--quiet"],
+        &["snapshot", "restore", "web"],
+        &["snapshot", "fork", "before"],
+        &["snapshot", "rm"],
+        &["schedule", "set", "web", "--every", "1h"],
+        &["schedule", "set", "web", "--keep", "3"],
+        &["schedule", "set", "web", "--every", "1h", "--keep", "-1"],
     ] {
         assert!(parse(words).is_err(), "{words:?}");
+    }
+}
+
+#[test]
+fn moments_are_kept_in_the_words_of_the_contract() {
+    for words in [
+        &["fork", "web", "new", "--from-running", "--json"][..],
+        &["fork", "--target-state", "Standby", "web", "new"],
+        &[
+            "snapshot", "create", "web", "--name", "before", "--tag", "a=b",
+        ],
+        &[
+            "snapshot",
+            "restore",
+            "web",
+            "before",
+            "--target-state",
+            "Stopped",
+            "--hypervisor",
+            "qemu",
+        ],
+        &["snapshot", "ls", "web", "--kind", "Stopped"],
+        &[
+            "schedule",
+            "set",
+            "web",
+            "--every",
+            "1h",
+            "--keep",
+            "3",
+            "--max-age",
+            "24h",
+        ],
+        &[
+            "schedule",
+            "set",
+            "web",
+            "--every",
+            "1h",
+            "--max-age",
+            "24h",
+            "--prefix",
+            "p",
+        ],
+    ] {
+        parse(words).unwrap_or_else(|e| panic!("{words:?}: {e}"));
     }
 }
 

@@ -109,6 +109,38 @@ pub fn started(instance: &Instance) -> Result<(), Failure> {
     )))
 }
 
+/// Waits for what boots, unless told not to. A restored guest that has not answered yet is not waited for: it may
+/// never answer, and it is there.
+pub async fn brought_up(
+    server: &Server,
+    instance: Instance,
+    no_wait: bool,
+) -> Result<Instance, Failure> {
+    let coming = matches!(
+        instance.state,
+        InstanceState::Created | InstanceState::Initializing
+    );
+    if !coming || (no_wait && instance.failure.is_none()) {
+        return Ok(instance);
+    }
+    if let Some(why) = &instance.failure {
+        output::remark(&format!("{}: {why}", instance.name));
+        return Ok(instance);
+    }
+    let instance = settled(server, &instance.id).await?;
+    started(&instance)?;
+    Ok(instance)
+}
+
+/// Prints what came of a command that makes or changes one instance.
+pub fn made(instance: &Instance, json: bool) -> Result<u8, Failure> {
+    match json {
+        true => output::json(instance)?,
+        false => output::line(&instance.name)?,
+    }
+    Ok(0)
+}
+
 /// How a program ended, in words.
 pub fn ending(instance: &Instance, code: i32) -> String {
     match instance.exit_message.as_deref() {

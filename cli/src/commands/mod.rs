@@ -8,6 +8,7 @@ pub mod debug;
 pub mod doctor;
 pub mod drain;
 pub mod exec;
+pub mod fork;
 pub mod image;
 pub mod inspect;
 pub mod logs;
@@ -16,7 +17,9 @@ pub mod ps;
 pub mod restore;
 pub mod rm;
 pub mod run;
+pub mod schedule;
 pub mod serve;
+pub mod snapshot;
 pub mod snapshot_tool;
 pub mod standby;
 pub mod start;
@@ -46,6 +49,14 @@ pub enum Command {
     Restore(restore::Args),
     /// Put all instances to sleep, for example before a reboot
     Drain(drain::Args),
+    /// Make a new instance that goes on where another one is
+    Fork(fork::Args),
+    /// Keep moments of instances, come back to them, make new instances from them
+    #[command(subcommand)]
+    Snapshot(snapshot::Command),
+    /// Take snapshots of an instance regularly
+    #[command(subcommand)]
+    Schedule(schedule::Command),
     /// Delete instances
     Rm(rm::Args),
     /// Show everything about an instance
@@ -80,6 +91,9 @@ pub async fn run(command: Command, options: &connection::Options) -> Result<u8, 
         Command::Standby(args) => standby::run(args, options).await,
         Command::Restore(args) => restore::run(args, options).await,
         Command::Drain(args) => drain::run(args, options).await,
+        Command::Fork(args) => fork::run(args, options).await,
+        Command::Snapshot(command) => snapshot::run(command, options).await,
+        Command::Schedule(command) => schedule::run(command, options).await,
         Command::Rm(args) => rm::run(args, options).await,
         Command::Inspect(args) => inspect::run(args, options).await,
         Command::Phases(args) => phases::run(args, options).await,
