@@ -78,13 +78,15 @@ class Cases:
         self.id = ""
         self.name = f"py-{uuid.uuid4().hex[:8]}"
         self.digest = client.images.get("tiny").digest
+        self.moment = self.disk = ""
 
     def health_and_capabilities(self) -> None:
         assert client.health.check().status == "ok"
         capabilities = client.capabilities.get()
         assert capabilities.default_runtime.available
         assert {"instances", "images", "exec", "logs"} <= set(capabilities.features), capabilities.features
-        assert all("standby" in runtime.features for runtime in capabilities.runtimes), capabilities.runtimes
+        abilities = {"standby", "snapshots", "fork"}
+        assert all(abilities <= set(runtime.features) for runtime in capabilities.runtimes), capabilities.runtimes
         assert capabilities.network.guest_to_guest is False
 
     def images_list_and_get(self) -> None:
@@ -276,6 +278,213 @@ class Cases:
         instances.start(self.id)
         instances.wait(self.id, state="Running", api_timeout="90s", timeout=100)
 
+    def snapshots_of_running(self) -> None:
+        """Leaves `self.moment` behind: memory that says `then`."""
+        instances, snapshots = client.instances, client.instances.snapshots
+        before = instances.get(self.id)
+        guest_exec(client, self.id, ["sh", "-c", "echo then > /dev/shm/now"])
+        refused(hypeman.ConflictError, 409, "invalid_state", lambda: snapshots.create(self.id, kind="Stopped"))
+        moment = snapshots.create(self.id, kind="Standby", name="moment", tags={"run": self.name, "of": "running"})
+        self.moment = moment.id
+        assert len(moment.id) == 24 and moment.name == "moment" and moment.kind == "Standby", moment
+        assert (moment.source_instance_id, moment.source_instance_name) == (self.id, self.name), moment
+        assert moment.source_hypervisor == before.hypervisor and isinstance(moment.created_at, datetime.datetime)
+        assert moment.tags == {"run": self.name, "of": "running"} and moment.compression_state == "none", moment
+        assert moment.uncompressed_size_bytes == 256 << 20, moment
+        assert moment.size_bytes > moment.uncompressed_size_bytes and moment.compressed_size_bytes is None, moment
+        assert moment.model_extra and moment.model_extra["scheduled"] is False, moment
+        assert 0 < moment.model_extra["allocated_bytes"] <= moment.size_bytes, moment
+        # The source has gone on.
+        after = instances.get(self.id)
+        assert after.state == "Running" and after.started_at == before.started_at and after.network == before.network
+        message = refused(
+            hypeman.ConflictError, 409, "name_conflict", lambda: snapshots.create(self.id, kind="Standby", name="moment")
+        )
+        assert "moment" in message, message
+
+        def ids(**filters) -> list[str]:
+            return [snapshot.id for snapshot in client.snapshots.list(**filters)]
+
+        for key in [moment.id, moment.id[:20]]:
+            assert client.snapshots.get(key).id == moment.id
+        assert moment.id in ids()
+        assert ids(source_instance_id=self.id, kind="Standby", name="moment", tags={"of": "running"}) == [moment.id]
+        for other in [{"kind": "Stopped"}, {"name": "another"}, {"tags": {"of": "stopped"}}]:
+            assert ids(source_instance_id=self.id, **other) == [], other
+        assert ids(source_instance_id=self.moment) == []
+
+    def fork_of_running(self) -> None:
+        instances, name = client.instances, f"{self.name}-fork"
+        source = instances.get(self.id)
+        message = refused(hypeman.ConflictError, 409, "invalid_state", lambda: instances.fork(self.id, name=name))
+        assert "from_running" in message, message
+        fork = instances.fork(self.id, name=name, from_running=True, timeout=100)
+        assert fork.state == "Running" and fork.name == name and fork.id != self.id, fork
+        assert fork.network and source.network and fork.network.ip != source.network.ip, (fork, source)
+        assert fork.network.mac != source.network.mac
+        assert (fork.image, fork.env, fork.tags, fork.size) == (source.image, source.env, source.tags, source.size)
+        # Its own time only, not its source's.
+        age = datetime.datetime.now(datetime.timezone.utc) - fork.created_at
+        total = datetime.timedelta(milliseconds=sum((fork.phase_durations_ms or {}).values()))
+        assert abs(age - total) < datetime.timedelta(seconds=2), (age, total)
+        assert guest_exec(client, fork.id, ["cat", "/dev/shm/now"]).output == b"then\n"
+        identity = ["cat", "/proc/sys/kernel/random/uuid"]
+        assert guest_exec(client, fork.id, identity).output != guest_exec(client, self.id, identity).output
+        after = instances.get(self.id)
+        assert after.state == "Running" and after.started_at == source.started_at and after.network == source.network
+        taken = {"name": self.name, "from_running": True}
+        refused(hypeman.ConflictError, 409, "name_conflict", lambda: instances.fork(self.id, **taken))
+        instances.delete(fork.id)
+        assert client.snapshots.get(self.moment).id == self.moment
+
+    def restore_of_snapshots(self) -> None:
+        """Back in place, then asleep; a sleeping source's copies are made without a boot."""
+        instances, snapshots, name = client.instances, client.instances.snapshots, f"{self.name}-fork"
+        before = instances.get(self.id)
+        guest_exec(client, self.id, ["sh", "-c", "echo later > /dev/shm/now"])
+        again = snapshots.restore(self.moment, id=self.id, timeout=100)
+        assert again.id == self.id and again.state == "Running" and again.network == before.network, again
+        assert guest_exec(client, self.id, ["cat", "/dev/shm/now"]).output == b"then\n"
+        asleep = snapshots.restore(self.moment, id=self.name, target_state="Standby", timeout=100)
+        assert asleep.state == "Standby" and asleep.has_snapshot is True, asleep
+
+        second = snapshots.create(self.id, kind="Standby")
+        assert second.name is None and second.uncompressed_size_bytes == 256 << 20, second
+        client.snapshots.delete(second.id)
+        refused(hypeman.NotFoundError, 404, "not_found", lambda: client.snapshots.get(second.id))
+        refused(hypeman.NotFoundError, 404, "not_found", lambda: client.snapshots.delete(second.id))
+        for make, state in [
+            (lambda: instances.fork(self.id, name=name), "Standby"),
+            (lambda: instances.fork(self.id, name=name, target_state="Stopped"), "Stopped"),
+            (lambda: client.snapshots.fork(self.moment, name=name, target_state="Standby"), "Standby"),
+            (lambda: client.snapshots.fork(self.moment, name=name, target_state="Stopped"), "Stopped"),
+        ]:
+            fork = make()
+            assert fork.state == state and fork.name == name and fork.id != self.id, fork
+            assert fork.has_snapshot is (state == "Standby"), fork
+            instances.delete(fork.id)
+        assert instances.get(self.id).state == "Standby"
+
+    def snapshots_of_stopped(self) -> None:
+        """Leaves `self.disk` behind, and the instance running: the moment brings it back without a boot."""
+        instances, snapshots, name = client.instances, client.instances.snapshots, f"{self.name}-fork"
+        stopped = snapshots.restore(self.moment, id=self.id, target_state="Stopped", timeout=100)
+        assert stopped.state == "Stopped" and stopped.has_snapshot is False, stopped
+        refused(hypeman.ConflictError, 409, "invalid_state", lambda: snapshots.create(self.id, kind="Standby"))
+        disk = snapshots.create(self.id, kind="Stopped", name="disk")
+        self.disk = disk.id
+        assert disk.kind == "Stopped" and disk.uncompressed_size_bytes is None, disk
+        assert disk.size_bytes >= 64 << 20 and disk.compression_state == "none", disk
+        for make in [
+            lambda: instances.fork(self.id, name=name),
+            lambda: client.snapshots.fork(disk.id, name=name),
+            lambda: client.snapshots.fork(disk.id, name=name, target_hypervisor="qemu"),
+        ]:
+            fork = make()
+            assert fork.state == "Stopped" and fork.id != self.id, fork
+            instances.delete(fork.id)
+        assert fork.hypervisor == "qemu", fork
+        assert snapshots.restore(disk.id, id=self.id).state == "Stopped"
+        for call in [
+            lambda: instances.fork(self.id, name=name, target_state="Standby"),
+            lambda: client.snapshots.fork(disk.id, name=name, target_state="Standby"),
+            lambda: snapshots.restore(disk.id, id=self.id, target_state="Standby"),
+        ]:
+            message = refused(hypeman.BadRequestError, 400, "invalid_field", call)
+            assert "target_state" in message and "Stopped, Running" in message, message
+        awake = snapshots.restore(self.moment, id=self.id, timeout=100)
+        assert awake.state == "Running" and awake.network == stopped.network, awake
+        assert guest_exec(client, self.id, ["cat", "/dev/shm/now"]).output == b"then\n"
+
+    def snapshots_refused(self) -> None:
+        instances, snapshots = client.instances, client.instances.snapshots
+        bad, missing = hypeman.BadRequestError, hypeman.NotFoundError
+        compress = {"enabled": True}
+        refused(bad, 400, "invalid_name", lambda: snapshots.create(self.id, kind="Standby", name="Not A Name"))
+        refused(bad, 400, "invalid_field", lambda: snapshots.create(self.id, kind="Asleep"))
+        refused(bad, 400, "invalid_field", lambda: snapshots.create(self.id, kind="Standby", tags={"": "x"}))
+        refused(bad, 400, "invalid_field", lambda: snapshots.create(self.id, kind="Stopped", compression=compress))
+        unbuilt = hypeman.InternalServerError
+        refused(unbuilt, 501, "not_implemented", lambda: snapshots.create(self.id, kind="Standby", compression=compress))
+        refused(bad, 400, "invalid_name", lambda: instances.fork(self.id, name="-"))
+        refused(bad, 400, "invalid_field", lambda: instances.fork(self.id, name="x", target_state="Paused"))
+        refused(bad, 400, "invalid_name", lambda: client.snapshots.fork(self.moment, name="-"))
+        for monitor, error, status, code in [
+            ("qemu", bad, 400, "invalid_field"),
+            ("firecracker", unbuilt, 501, "not_implemented"),
+        ]:
+            for call in [
+                lambda: client.snapshots.fork(self.moment, name="x", target_hypervisor=monitor),
+                lambda: snapshots.restore(self.moment, id=self.id, target_hypervisor=monitor),
+            ]:
+                message = refused(error, status, code, call)
+                assert "target_hypervisor" in message and monitor in message, message
+        refused(bad, 400, "invalid_field", lambda: client.snapshots.list(kind="Asleep"))
+        refused(missing, 404, "not_found", lambda: client.snapshots.get("no-such-snapshot"))
+        refused(missing, 404, "not_found", lambda: client.snapshots.fork("no-such-snapshot", name="x"))
+        refused(missing, 404, "not_found", lambda: instances.fork("no-such-instance", name="x"))
+        refused(missing, 404, "not_found", lambda: snapshots.create("no-such-instance", kind="Standby"))
+        refused(missing, 404, "not_found", lambda: snapshots.restore("no-such-snapshot", id=self.id))
+        refused(missing, 404, "not_found", lambda: snapshots.restore(self.moment, id="no-such-instance"))
+        assert instances.get(self.id).state == "Running"
+
+    def snapshot_schedules(self) -> None:
+        schedules, hour = client.instances.snapshot_schedule, datetime.timedelta(hours=1)
+        refused(hypeman.NotFoundError, 404, "not_found", lambda: schedules.get(self.id))
+        made = schedules.update(
+            self.id, interval="90m", retention={"max_count": 3}, metadata={"by": "schedule"}, name_prefix="nightly"
+        )
+        assert made.instance_id == self.id and made.interval == "1h30m0s" and made.retention.max_count == 3, made
+        assert made.metadata == {"by": "schedule"} and made.name_prefix == "nightly", made
+        assert made.last_run_at is None and made.last_snapshot_id is None and made.last_error is None, made
+        now = datetime.datetime.now(datetime.timezone.utc)
+        assert now < made.next_run_at < now + 3 * hour, made
+        assert schedules.get(self.name) == made
+        # Only another interval begins another cadence.
+        kept = schedules.update(self.id, interval="90m", retention={"max_age": "36h"})
+        assert kept.next_run_at == made.next_run_at and kept.created_at == made.created_at, (made, kept)
+        assert kept.retention.max_age == "36h0m0s" and kept.retention.max_count is None and not kept.metadata, kept
+        moved = schedules.update(self.id, interval="24h", retention={"max_count": 1})
+        assert moved.next_run_at != made.next_run_at and moved.interval == "24h0m0s", moved
+        for code, fields in [
+            ("invalid_field", {"interval": "59s"}),
+            ("invalid_field", {"interval": "60"}),
+            ("invalid_field", {"retention": {}}),
+            ("invalid_field", {"retention": {"max_count": 0}}),
+            ("invalid_field", {"retention": {"max_age": "old"}}),
+            ("invalid_field", {"metadata": {"": "x"}}),
+            ("invalid_name", {"name_prefix": "a" * 48}),
+        ]:
+            good = {"interval": "1h", "retention": {"max_count": 1}}
+            call = lambda fields=fields: schedules.update(self.id, **{**good, **fields})  # noqa: E731
+            message = refused(hypeman.BadRequestError, 400, code, call)
+            assert message.startswith(next(iter(fields))), message
+        assert schedules.get(self.id) == moved
+        schedules.delete(self.id)
+        for call in [
+            lambda: schedules.get(self.id),
+            lambda: schedules.delete(self.id),
+            lambda: schedules.update("no-such-instance", interval="1h", retention={"max_count": 1}),
+        ]:
+            refused(hypeman.NotFoundError, 404, "not_found", call)
+
+    def resources(self) -> None:
+        found = client.resources.get()
+        for kind in ("cpu", "memory", "disk", "network"):
+            status = getattr(found, kind)
+            assert status.type == kind and status.available == max(0, status.effective_limit - status.allocated), status
+            assert abs(status.capacity * status.oversub_ratio - status.effective_limit) <= 1 + status.capacity / 1e12, status
+        assert found.cpu.capacity >= 1 and found.memory.capacity >= 64 << 20, found
+        assert found.memory.allocated >= 256 << 20, found.memory
+        assert found.disk.capacity > found.disk.allocated > 0, found.disk
+        assert found.network.capacity == 0 and found.gpu is None and found.disk_io is None, found
+        parts = found.disk_breakdown
+        assert parts and parts.images_bytes and parts.overlays_bytes, parts
+        assert parts.model_extra and parts.model_extra["snapshots_bytes"] > 0, parts
+        mine = [a for a in found.allocations if a.instance_id == self.id]
+        assert len(mine) == 1 and mine[0].instance_name == self.name, mine
+        assert mine[0].memory_bytes == 256 << 20 and (mine[0].cpu or 0) >= 1 and (mine[0].disk_bytes or 0) > 0, mine
+
     def conflict_is_not_retried(self) -> None:
         def create() -> None:
             client.instances.create(name=self.name, image="tiny")
@@ -303,7 +512,7 @@ class Cases:
     def not_implemented_is_not_retried(self) -> None:
         error = hypeman.InternalServerError
         refused(error, 501, "not_implemented", lambda: client.volumes.list())
-        refused(error, 501, "not_implemented", lambda: client.instances.fork(self.id, name="x"))
+        refused(error, 501, "not_implemented", lambda: client.instances.stat(self.id, path="/"))
         ttl = {"name": "x", "image": "tiny", "ttl": "1h"}
         refused(error, 501, "not_implemented", lambda: client.instances.create(**ttl))
         assert client.instances.get(self.id).state == "Running"
@@ -320,6 +529,20 @@ class Cases:
     def delete(self) -> None:
         client.instances.delete(self.id, extra_query={"graceful_shutdown": "true"})
         refused(hypeman.NotFoundError, 404, "not_found", lambda: client.instances.get(self.id))
+
+    def snapshots_outlive_their_source(self) -> None:
+        kept = client.snapshots.list(source_instance_id=self.id)
+        assert [snapshot.id for snapshot in kept] == [self.moment, self.disk], kept
+        assert all(snapshot.source_instance_name == self.name for snapshot in kept), kept
+        fork = client.snapshots.fork(self.moment, name=self.name, timeout=100)
+        assert fork.state == "Running" and fork.id != self.id, fork
+        assert guest_exec(client, fork.id, ["cat", "/dev/shm/now"]).output == b"then\n"
+        # Nor does what was made from them need them.
+        for snapshot in kept:
+            client.snapshots.delete(snapshot.id)
+        assert client.snapshots.list(source_instance_id=self.id) == []
+        assert client.instances.get(fork.id).state == "Running"
+        client.instances.delete(fork.id)
 
 
 def main() -> None:
