@@ -63,8 +63,12 @@ async function collect(stream) {
 }
 
 const name = `ts-${randomBytes(4).toString('hex')}`;
+const forkName = `${name}-fork`;
 let id;
 let digest;
+// Snapshots that several cases use: of the running instance, and of the stopped one.
+let moment;
+let disk;
 
 // Run in the order they are written; each may use what the former made.
 const cases = {
@@ -73,7 +77,9 @@ const cases = {
     const capabilities = await client.capabilities.get();
     assert.equal(capabilities.default_runtime.available, true);
     for (const feature of ['instances', 'images', 'exec', 'logs']) assert.ok(capabilities.features.includes(feature));
-    for (const runtime of capabilities.runtimes) assert.ok(runtime.features.includes('standby'), runtime.name);
+    for (const runtime of capabilities.runtimes) {
+      for (const ability of ['standby', 'snapshots', 'fork']) assert.ok(runtime.features.includes(ability), runtime.name);
+    }
     assert.equal(capabilities.network.guest_to_guest, false);
   },
   async images_list_and_get() {
@@ -241,6 +247,233 @@ const cases = {
     await instances.start(id, {});
     await instances.wait(id, { state: 'Running', timeout: '90s' }, { timeout: 100_000 });
   },
+  async snapshots_of_running() {
+    const { instances, snapshots } = client;
+    const before = await instances.get(id);
+    const stopped = { kind: 'Stopped' };
+    await refused(sdk.ConflictError, 409, 'invalid_state', () => instances.snapshots.create(id, stopped));
+    const wanted = { kind: 'Standby', name: 'moment', tags: { run: name, of: 'running' } };
+    moment = await instances.snapshots.create(id, wanted);
+    assert.equal(moment.id.length, 24);
+    assert.equal(moment.name, 'moment');
+    assert.equal(moment.kind, 'Standby');
+    assert.equal(moment.source_instance_id, id);
+    assert.equal(moment.source_instance_name, name);
+    assert.equal(moment.source_hypervisor, before.hypervisor);
+    assert.deepEqual(moment.tags, wanted.tags);
+    assert.equal(moment.compression_state, 'none');
+    assert.equal(moment.compressed_size_bytes, null);
+    assert.equal(moment.uncompressed_size_bytes, 256 * 2 ** 20);
+    assert.ok(moment.size_bytes > moment.uncompressed_size_bytes);
+    assert.equal(moment.scheduled, false);
+    assert.ok(moment.allocated_bytes > 0 && moment.allocated_bytes <= moment.size_bytes, String(moment.allocated_bytes));
+    assert.ok(Math.abs(Date.now() - Date.parse(moment.created_at)) < 60_000, moment.created_at);
+    // The source has gone on.
+    const after = await instances.get(id);
+    assert.equal(after.state, 'Running');
+    assert.equal(after.started_at, before.started_at);
+    assert.deepEqual(after.network, before.network);
+    const message = await refused(sdk.ConflictError, 409, 'name_conflict', () => instances.snapshots.create(id, wanted));
+    assert.ok(message.includes('moment'), message);
+
+    const ids = async (query) => (await snapshots.list(query)).map((snapshot) => snapshot.id);
+    for (const key of [moment.id, moment.id.slice(0, 20)]) assert.equal((await snapshots.get(key)).id, moment.id);
+    assert.ok((await ids()).includes(moment.id));
+    const mine = { source_instance_id: id };
+    assert.deepEqual(await ids({ ...mine, kind: 'Standby', name: 'moment', tags: { of: 'running' } }), [moment.id]);
+    for (const other of [{ kind: 'Stopped' }, { name: 'another' }, { tags: { of: 'stopped' } }]) {
+      assert.deepEqual(await ids({ ...mine, ...other }), [], JSON.stringify(other));
+    }
+  },
+  async fork_of_running() {
+    const { instances } = client;
+    const source = await instances.get(id);
+    let message = await refused(sdk.ConflictError, 409, 'invalid_state', () => instances.fork(id, { name: forkName }));
+    assert.ok(message.includes('from_running'), message);
+    const fork = await instances.fork(id, { name: forkName, from_running: true }, { timeout: 100_000 });
+    assert.equal(fork.state, 'Running');
+    assert.equal(fork.name, forkName);
+    assert.notEqual(fork.id, id);
+    assert.notEqual(fork.network.ip, source.network.ip);
+    assert.notEqual(fork.network.mac, source.network.mac);
+    assert.deepEqual(fork.env, source.env);
+    // Its own time only, not its source's.
+    const total = Object.values(fork.phase_durations_ms).reduce((a, b) => a + b, 0);
+    const age = Date.now() - Date.parse(fork.created_at);
+    assert.ok(Math.abs(age - total) < 2000, `${age} against ${total}`);
+    const after = await instances.get(id);
+    assert.equal(after.state, 'Running');
+    assert.equal(after.started_at, source.started_at);
+    assert.deepEqual(after.network, source.network);
+    const taken = { name, from_running: true };
+    message = await refused(sdk.ConflictError, 409, 'name_conflict', () => instances.fork(id, taken));
+    assert.ok(message.includes(name), message);
+    await instances.delete(fork.id);
+  },
+  // Back in place, then asleep; a sleeping source's copies are made without a boot.
+  async restore_of_snapshots() {
+    const { instances, snapshots } = client;
+    const before = await instances.get(id);
+    const again = await instances.snapshots.restore(moment.id, { id }, { timeout: 100_000 });
+    assert.equal(again.id, id);
+    assert.equal(again.state, 'Running');
+    assert.deepEqual(again.network, before.network);
+    const target = { id: name, target_state: 'Standby' };
+    const asleep = await instances.snapshots.restore(moment.id, target, { timeout: 100_000 });
+    assert.equal(asleep.state, 'Standby');
+    assert.equal(asleep.has_snapshot, true);
+
+    const second = await instances.snapshots.create(id, { kind: 'Standby' });
+    assert.equal(second.name, null);
+    await snapshots.delete(second.id);
+    await refused(sdk.NotFoundError, 404, 'not_found', () => snapshots.get(second.id));
+    await refused(sdk.NotFoundError, 404, 'not_found', () => snapshots.delete(second.id));
+    for (const [make, state] of [
+      [() => instances.fork(id, { name: forkName }), 'Standby'],
+      [() => instances.fork(id, { name: forkName, target_state: 'Stopped' }), 'Stopped'],
+      [() => snapshots.fork(moment.id, { name: forkName, target_state: 'Standby' }), 'Standby'],
+      [() => snapshots.fork(moment.id, { name: forkName, target_state: 'Stopped' }), 'Stopped'],
+    ]) {
+      const fork = await make();
+      assert.equal(fork.state, state);
+      assert.equal(fork.has_snapshot, state === 'Standby');
+      assert.notEqual(fork.id, id);
+      await instances.delete(fork.id);
+    }
+    assert.equal((await instances.get(id)).state, 'Standby');
+  },
+  // The moment brings the instance back to Running in the end, without a boot.
+  async snapshots_of_stopped() {
+    const { instances, snapshots } = client;
+    const target = { id, target_state: 'Stopped' };
+    const stopped = await instances.snapshots.restore(moment.id, target, { timeout: 100_000 });
+    assert.equal(stopped.state, 'Stopped');
+    assert.equal(stopped.has_snapshot, false);
+    const standby = { kind: 'Standby' };
+    await refused(sdk.ConflictError, 409, 'invalid_state', () => instances.snapshots.create(id, standby));
+    disk = await instances.snapshots.create(id, { kind: 'Stopped', name: 'disk' });
+    assert.equal(disk.kind, 'Stopped');
+    assert.equal(disk.uncompressed_size_bytes, null);
+    assert.ok(disk.size_bytes >= 64 * 2 ** 20, String(disk.size_bytes));
+    for (const [make, hypervisor] of [
+      [() => instances.fork(id, { name: forkName }), stopped.hypervisor],
+      [() => snapshots.fork(disk.id, { name: forkName }), stopped.hypervisor],
+      [() => snapshots.fork(disk.id, { name: forkName, target_hypervisor: 'qemu' }), 'qemu'],
+    ]) {
+      const fork = await make();
+      assert.equal(fork.state, 'Stopped');
+      assert.equal(fork.hypervisor, hypervisor);
+      await instances.delete(fork.id);
+    }
+    assert.equal((await instances.snapshots.restore(disk.id, { id })).state, 'Stopped');
+    for (const call of [
+      () => instances.fork(id, { name: forkName, target_state: 'Standby' }),
+      () => snapshots.fork(disk.id, { name: forkName, target_state: 'Standby' }),
+      () => instances.snapshots.restore(disk.id, { id, target_state: 'Standby' }),
+    ]) {
+      const message = await refused(sdk.BadRequestError, 400, 'invalid_field', call);
+      assert.ok(message.includes('target_state') && message.includes('Stopped, Running'), message);
+    }
+    const awake = await instances.snapshots.restore(moment.id, { id }, { timeout: 100_000 });
+    assert.equal(awake.state, 'Running');
+    assert.deepEqual(awake.network, stopped.network);
+  },
+  async snapshots_refused() {
+    const { instances, snapshots } = client;
+    const bad = (code, call) => refused(sdk.BadRequestError, 400, code, call);
+    const unbuilt = (call) => refused(sdk.InternalServerError, 501, 'not_implemented', call);
+    const missing = (call) => refused(sdk.NotFoundError, 404, 'not_found', call);
+    const keep = (body, of = id) => () => instances.snapshots.create(of, body);
+    await bad('invalid_name', keep({ kind: 'Standby', name: 'Not A Name' }));
+    await bad('invalid_field', keep({ kind: 'Asleep' }));
+    await bad('invalid_field', keep({ kind: 'Standby', tags: { '': 'x' } }));
+    await bad('invalid_field', keep({ kind: 'Stopped', compression: { enabled: true } }));
+    await unbuilt(keep({ kind: 'Standby', compression: { enabled: true } }));
+    await bad('invalid_name', () => instances.fork(id, { name: '-' }));
+    await bad('invalid_field', () => instances.fork(id, { name: 'x', target_state: 'Paused' }));
+    await bad('invalid_name', () => snapshots.fork(moment.id, { name: '-' }));
+    for (const [target_hypervisor, refuse] of [
+      ['qemu', (call) => bad('invalid_field', call)],
+      ['firecracker', unbuilt],
+    ]) {
+      for (const call of [
+        () => snapshots.fork(moment.id, { name: 'x', target_hypervisor }),
+        () => instances.snapshots.restore(moment.id, { id, target_hypervisor }),
+      ]) {
+        const message = await refuse(call);
+        assert.ok(message.includes('target_hypervisor') && message.includes(target_hypervisor), message);
+      }
+    }
+    await bad('invalid_field', () => snapshots.list({ kind: 'Asleep' }));
+    await missing(() => snapshots.get('no-such-snapshot'));
+    await missing(() => snapshots.fork('no-such-snapshot', { name: 'x' }));
+    await missing(() => instances.fork('no-such-instance', { name: 'x' }));
+    await missing(keep({ kind: 'Standby' }, 'no-such-instance'));
+    await missing(() => instances.snapshots.restore('no-such-snapshot', { id }));
+    await missing(() => instances.snapshots.restore(moment.id, { id: 'no-such-instance' }));
+    assert.equal((await instances.get(id)).state, 'Running');
+  },
+  async snapshot_schedules() {
+    const schedules = client.instances.snapshotSchedule;
+    const missing = (call) => refused(sdk.NotFoundError, 404, 'not_found', call);
+    await missing(() => schedules.get(id));
+    const wanted = { interval: '90m', retention: { max_count: 3 }, metadata: { by: 'schedule' }, name_prefix: 'nightly' };
+    const made = await schedules.update(id, wanted);
+    assert.equal(made.instance_id, id);
+    assert.equal(made.interval, '1h30m0s');
+    assert.deepEqual(made.retention, wanted.retention);
+    assert.deepEqual(made.metadata, wanted.metadata);
+    assert.equal(made.name_prefix, 'nightly');
+    for (const field of ['last_run_at', 'last_snapshot_id', 'last_error']) assert.equal(made[field], null, field);
+    const ahead = Date.parse(made.next_run_at) - Date.now();
+    assert.ok(ahead > 0 && ahead < 3 * 3_600_000, made.next_run_at);
+    assert.deepEqual(await schedules.get(name), made);
+    // Only another interval begins another cadence.
+    const kept = await schedules.update(id, { interval: '90m', retention: { max_age: '36h' } });
+    assert.equal(kept.next_run_at, made.next_run_at);
+    assert.equal(kept.created_at, made.created_at);
+    assert.deepEqual(kept.retention, { max_age: '36h0m0s' });
+    const moved = await schedules.update(id, { interval: '24h', retention: { max_count: 1 } });
+    assert.notEqual(moved.next_run_at, made.next_run_at);
+    for (const [code, fields] of [
+      ['invalid_field', { interval: '59s' }],
+      ['invalid_field', { interval: '60' }],
+      ['invalid_field', { retention: {} }],
+      ['invalid_field', { retention: { max_count: 0 } }],
+      ['invalid_field', { retention: { max_age: 'old' } }],
+      ['invalid_field', { metadata: { '': 'x' } }],
+      ['invalid_name', { name_prefix: 'a'.repeat(48) }],
+    ]) {
+      const body = { interval: '1h', retention: { max_count: 1 }, ...fields };
+      const message = await refused(sdk.BadRequestError, 400, code, () => schedules.update(id, body));
+      assert.ok(message.startsWith(Object.keys(fields)[0]), message);
+    }
+    assert.deepEqual(await schedules.get(id), moved);
+    await schedules.delete(id);
+    await missing(() => schedules.get(id));
+    await missing(() => schedules.delete(id));
+    await missing(() => schedules.update('no-such-instance', { interval: '1h', retention: { max_count: 1 } }));
+  },
+  async resources() {
+    const found = await client.resources.get();
+    for (const kind of ['cpu', 'memory', 'disk', 'network']) {
+      const status = found[kind];
+      assert.equal(status.type, kind);
+      assert.equal(status.available, Math.max(0, status.effective_limit - status.allocated), kind);
+    }
+    assert.ok(found.cpu.capacity >= 1);
+    assert.ok(found.memory.allocated >= 256 * 2 ** 20, String(found.memory.allocated));
+    assert.ok(found.disk.capacity > found.disk.allocated && found.disk.allocated > 0);
+    assert.equal(found.network.capacity, 0);
+    assert.equal(found.gpu, null);
+    const parts = found.disk_breakdown;
+    assert.ok(parts.images_bytes > 0 && parts.overlays_bytes > 0 && parts.snapshots_bytes > 0, JSON.stringify(parts));
+    const [mine, ...others] = found.allocations.filter((allocation) => allocation.instance_id === id);
+    assert.deepEqual(others, []);
+    assert.equal(mine.instance_name, name);
+    assert.equal(mine.memory_bytes, 256 * 2 ** 20);
+    assert.ok(mine.cpu >= 1 && mine.disk_bytes > 0, JSON.stringify(mine));
+  },
   async conflict_is_not_retried() {
     const message = await refused(sdk.ConflictError, 409, 'name_conflict', () => client.instances.create({ name, image: 'tiny' }));
     assert.ok(message.includes(name), message);
@@ -262,7 +495,7 @@ const cases = {
   async not_implemented_is_not_retried() {
     const error = sdk.InternalServerError;
     await refused(error, 501, 'not_implemented', () => client.volumes.list());
-    await refused(error, 501, 'not_implemented', () => client.instances.fork(id, { name: 'x' }));
+    await refused(error, 501, 'not_implemented', () => client.instances.stat(id, { path: '/' }));
     await refused(error, 501, 'not_implemented', () => client.instances.create({ name: 'x', image: 'tiny', ttl: '1h' }));
     assert.equal((await client.instances.get(id)).state, 'Running');
   },
@@ -278,6 +511,15 @@ const cases = {
   async delete() {
     await client.instances.delete(id, { graceful_shutdown: true });
     await refused(sdk.NotFoundError, 404, 'not_found', () => client.instances.get(id));
+  },
+  async snapshots_outlive_their_source() {
+    const kept = await client.snapshots.list({ source_instance_id: id });
+    assert.deepEqual(kept.map((snapshot) => snapshot.id), [moment.id, disk.id]);
+    for (const snapshot of kept) {
+      assert.equal(snapshot.source_instance_name, name);
+      await client.snapshots.delete(snapshot.id);
+    }
+    assert.deepEqual(await client.snapshots.list({ source_instance_id: id }), []);
   },
 };
 
