@@ -76,6 +76,27 @@ async fn requests_are_refused_before_anything_changes() {
             "`target_hypervisor`",
         ),
         (
+            forks,
+            json!({"name": "a", "target_state": "Standby"}),
+            400,
+            "invalid_field",
+            "target_state: Standby ",
+        ),
+        (
+            "/instances/nosuch/fork",
+            json!({"name": "a"}),
+            404,
+            "not_found",
+            "nosuch",
+        ),
+        (
+            "/instances/nosuch/snapshots/nosuch/restore",
+            json!({}),
+            404,
+            "not_found",
+            "instance",
+        ),
+        (
             of_snapshot,
             json!({"name": "a", "from_running": true}),
             400,
