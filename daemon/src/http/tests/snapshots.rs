@@ -188,3 +188,92 @@ async fn schedules_are_refused_before_anything_changes() {
         assert!(message.contains(part), "{body}: {message}");
     }
 }
+
+#[tokio::test]
+async fn what_is_not_there_is_named() {
+    let server = server_with(1).await;
+    assert_eq!(server.get("/snapshots").await.json(), json!([]));
+    let fork = json!({"name": "a"}).to_string();
+    let keep = json!({"kind": "Standby"}).to_string();
+    let schedule = json!({"interval": "1h", "retention": {"max_count": 1}}).to_string();
+    for (method, path, body, what) in [
+        (Method::GET, "/snapshots/nosuch", "", "snapshot"),
+        (Method::DELETE, "/snapshots/nosuch", "", "snapshot"),
+        (Method::POST, "/snapshots/nosuch/fork", &fork, "snapshot"),
+        (Method::POST, RESTORE, "", "snapshot"),
+        (
+            Method::POST,
+            "/instances/nosuch/snapshots",
+            &keep,
+            "instance",
+        ),
+        (
+            Method::PUT,
+            "/instances/nosuch/snapshot-schedule",
+            &schedule,
+            "instance",
+        ),
+        (
+            Method::GET,
+            "/instances/seed-0/snapshot-schedule",
+            "",
+            "schedule",
+        ),
+        (
+            Method::DELETE,
+            "/instances/seed-0/snapshot-schedule",
+            "",
+            "schedule",
+        ),
+    ] {
+        let answer = server.send(method.clone(), path, body.to_owned()).await;
+        let message = answer.error(404, "not_found");
+        assert!(message.contains(what), "{method} {path}: {message}");
+    }
+    // A stopped instance has no memory to keep.
+    let answer = server
+        .send(Method::POST, "/instances/seed-0/snapshots", keep)
+        .await;
+    answer.error(409, "invalid_state");
+}
+
+#[tokio::test]
+async fn a_schedule_is_set_seen_and_ended() {
+    let server = server_with(1).await;
+    let path = "/instances/seed-0/snapshot-schedule";
+    let set = |body: Value| server.send(Method::PUT, path, body.to_string());
+    let made = set(json!({"interval": "90m", "retention": {"max_count": 3}})).await;
+    assert_eq!(made.status, StatusCode::OK);
+    let made = made.json();
+    assert_eq!(made["interval"], "1h30m0s");
+    assert_eq!(made["retention"], json!({"max_count": 3}));
+    assert!(made["last_error"].is_null() && made["last_run_at"].is_null());
+    assert_eq!(server.get(path).await.json(), made);
+    let kept = set(json!({"interval": "1h30m", "retention": {"max_age": "36h"}})).await;
+    assert_eq!(kept.json()["next_run_at"], made["next_run_at"]);
+    let answer = server.send(Method::DELETE, path, Body::empty()).await;
+    assert_eq!(
+        (answer.status, answer.body.len()),
+        (StatusCode::NO_CONTENT, 0)
+    );
+    server.get(path).await.error(404, "not_found");
+}
+
+#[tokio::test]
+async fn resources_name_every_instance() {
+    let server = server_with(2).await;
+    let answer = server.get("/resources").await;
+    assert_eq!(answer.status, StatusCode::OK);
+    let answer = answer.json();
+    let names: Vec<_> = answer["allocations"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|allocation| allocation["instance_name"].as_str().unwrap())
+        .collect();
+    assert_eq!(names, ["seed-0", "seed-1"]);
+    assert_eq!(answer["cpu"]["allocated"], 0);
+    assert_eq!(answer["memory"]["allocated"], 0);
+    assert!(answer["disk"]["capacity"].as_u64().unwrap() > 0);
+    assert!(answer["gpu"].is_null());
+}
