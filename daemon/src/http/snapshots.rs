@@ -133,7 +133,7 @@ pub(super) async fn delete(
     responses(
         (status = 200, description = "It is what it was then", body = Instance),
         (status = 400, description = "A field is wrong, or does not fit the snapshot's kind", body = doze_api::ErrorBody),
-        (status = 404, description = "There is no such instance or snapshot", body = doze_api::ErrorBody),
+        (status = 404, description = "There is no such instance, or no such snapshot of it", body = doze_api::ErrorBody),
         (status = 409, description = "Not in this state, no room, or a snapshot that cannot be used", body = doze_api::ErrorBody),
     ))]
 pub(super) async fn restore(
@@ -147,6 +147,13 @@ pub(super) async fn restore(
     let engine = state.engine();
     let instance = engine.get(&id)?;
     let snapshot = engine.get_snapshot(&snapshot_id)?;
+    // Below this path lie the instance's own ones only.
+    if snapshot.source_id != instance.id {
+        return Err(ApiError::not_found(format!(
+            "snapshot {:?} is of {}, not of {}; fork it instead",
+            snapshot.id, snapshot.source_name, instance.name
+        )));
+    }
     let revival = target.of(snapshot.kind)?;
     let view = engine
         .restore_snapshot(&instance.id, &snapshot.id, revival)

@@ -362,6 +362,9 @@ class Cases:
             fork = make()
             assert fork.state == state and fork.name == name and fork.id != self.id, fork
             assert fork.has_snapshot is (state == "Standby"), fork
+            # A fork's history is its own: the moment is its source's.
+            foreign = {"id": fork.id, "target_state": "Stopped"}
+            refused(hypeman.NotFoundError, 404, "not_found", lambda: snapshots.restore(self.moment, **foreign))
             instances.delete(fork.id)
         assert instances.get(self.id).state == "Standby"
 

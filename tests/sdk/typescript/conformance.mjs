@@ -338,6 +338,9 @@ const cases = {
       assert.equal(fork.state, state);
       assert.equal(fork.has_snapshot, state === 'Standby');
       assert.notEqual(fork.id, id);
+      // A fork's history is its own: the moment is its source's.
+      const foreign = { id: fork.id, target_state: 'Stopped' };
+      await refused(sdk.NotFoundError, 404, 'not_found', () => instances.snapshots.restore(moment.id, foreign));
       await instances.delete(fork.id);
     }
     assert.equal((await instances.get(id)).state, 'Standby');
