@@ -15,6 +15,7 @@ use doze_e2e::{
 mod bad_input;
 mod billing;
 mod cli;
+mod copies;
 mod crash;
 mod crash_standby;
 mod exec;
@@ -64,6 +65,7 @@ fn groups(points: &[String]) -> Result<Vec<Group>> {
     groups.extend(crash_standby::groups(points, &sample)?);
     groups.extend(standby_disk::groups(&sample));
     groups.extend(standby_faults::groups(&sample));
+    groups.extend(copies::groups());
     for hypervisor in ["qemu", "qemu-microvm"] {
         groups.push(on(hypervisor, "", shared_cases()));
         groups.push(on(hypervisor, "-restart", restart::cases()));

@@ -49,7 +49,7 @@ pub fn cases() -> Vec<Case> {
 }
 
 /// A redis that keeps everything in memory only: what it knows after a sleep, the memory has kept.
-fn forgetful(world: &World, stem: &str) -> Value {
+pub(crate) fn forgetful(world: &World, stem: &str) -> Value {
     let mut request = stateful::demo(world, stem);
     request["cmd"] = json!([
         "--bind",
@@ -67,7 +67,7 @@ fn forgetful(world: &World, stem: &str) -> Value {
 }
 
 /// 200, asleep, and everything outside says so too; the answer.
-async fn standby(world: &World, id: &str) -> Result<Value> {
+pub(crate) async fn standby(world: &World, id: &str) -> Result<Value> {
     let answer = world
         .api()
         .await?
@@ -85,7 +85,7 @@ async fn standby(world: &World, id: &str) -> Result<Value> {
 }
 
 /// 200, and its guest has proved that it lives; the answer.
-async fn restore(world: &World, id: &str) -> Result<Value> {
+pub(crate) async fn restore(world: &World, id: &str) -> Result<Value> {
     let answer = world
         .api()
         .await?
@@ -107,13 +107,13 @@ fn folder(world: &World, id: &str) -> PathBuf {
 }
 
 /// Pids of its VMMs.
-fn vmms(world: &World, id: &str) -> Result<Vec<i32>> {
+pub(crate) fn vmms(world: &World, id: &str) -> Result<Vec<i32>> {
     let all = procs::vmms(&world.server.data_dir)?;
     let own = all.into_iter().filter(|v| v.instance == id);
     Ok(own.map(|v| v.pid).collect())
 }
 
-fn tap(world: &World, id: &str) -> Result<Tap> {
+pub(crate) fn tap(world: &World, id: &str) -> Result<Tap> {
     procs::taps(&world.server.bridge)?
         .into_iter()
         .find(|(_, alias)| alias == id)
@@ -200,11 +200,11 @@ async fn clock_is_right(redis: &mut Redis) -> Result<()> {
 }
 
 /// Counts in a file, never stops, and writes its pid beside the number.
-const COUNTER: &str = "rm -f /dev/shm/counter; (i=0; while :; do i=$((i+1)); echo $$ $i > /dev/shm/next; \
+pub(crate) const COUNTER: &str = "rm -f /dev/shm/counter; (i=0; while :; do i=$((i+1)); echo $$ $i > /dev/shm/next; \
      mv /dev/shm/next /dev/shm/counter; sleep 0.05; done) >/dev/null 2>&1 </dev/null & \
      while ! test -e /dev/shm/counter; do sleep 0.05; done";
 
-async fn counter(api: &Api, id: &str) -> Result<(u32, u64)> {
+pub(crate) async fn counter(api: &Api, id: &str) -> Result<(u32, u64)> {
     let text = exec::sh(api, id, "cat /dev/shm/counter").await?;
     let (pid, count) = text.split_once(' ').context("counter")?;
     Ok((pid.parse()?, count.parse()?))
