@@ -1,4 +1,4 @@
-//! Prints, as Markdown, how long a create takes to `Running`, how long standby and restore take, and what
+//! Prints, as Markdown, how long a create takes to `Running`, how long standby, restore, snapshots and forks take, and what
 //! 1,000 stopped instances cost the server, beside machine model and core count. Run it on an otherwise idle machine:
 //! `cargo run --release -p doze-e2e --bin bench`.
 use std::{
@@ -19,6 +19,7 @@ use doze_e2e::{
 };
 use serde_json::json;
 
+mod copies;
 mod standby;
 
 const BOOTS: usize = 10;
@@ -44,12 +45,19 @@ fn bench(sandbox: Sandbox) -> Result<()> {
     runtime.block_on(async {
         print_machine()?;
         println!("| request to `Running`, 256 MiB | median | p90 | worst |\n|---|---|---|---|");
-        let world = World::new(tools, Arc::new(sandbox), "bench", &WorldOptions::default())?;
+        let sandbox = Arc::new(sandbox);
+        let options = WorldOptions::default();
+        let world = World::new(tools.clone(), sandbox.clone(), "bench", &options)?;
         for hypervisor in ["qemu-microvm", "qemu"] {
             boots(&world, hypervisor).await?;
         }
         standby::cycles(&world).await?;
+        copies::copies(&world, "copied (no reflink)").await?;
         world.tear_down().await?;
+        let sharing = World::new(tools, sandbox, "bench-reflink", &options)?;
+        copies::share_blocks(&sharing)?;
+        copies::copies(&sharing, "XFS with reflink").await?;
+        sharing.tear_down().await?;
         println!("\n| with {SEEDED} stopped instances | measured | aim |\n|---|---|---|");
         let server = world.another_server(&ServerOptions::default())?;
         stopped_instances(&server).await

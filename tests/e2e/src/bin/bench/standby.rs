@@ -172,7 +172,7 @@ async fn wake(
 }
 
 /// The last line of the server's own account: `OPERATION took WHAT N ms, WHAT N ms`.
-async fn laps(api: &Api, id: &str, operation: &str) -> Result<BTreeMap<String, Duration>> {
+pub async fn laps(api: &Api, id: &str, operation: &str) -> Result<BTreeMap<String, Duration>> {
     let lines = api.log_lines(id, "?source=hypeman&tail=20").await?;
     let line = lines
         .iter()

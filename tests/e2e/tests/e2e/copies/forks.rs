@@ -158,7 +158,7 @@ async fn a_forks_time_is_its_own(world: &World) -> Result<()> {
         "the fork has {own:?}, and was asked for {lived} ms ago"
     );
     ensure!(
-        own.get("standby").is_none() && own.get("paused").is_none(),
+        !own.contains_key("standby") && !own.contains_key("paused"),
         "{own:?}"
     );
     // The source's pause is in its ledger, and its time goes on.

@@ -1,0 +1,136 @@
+//! What forks and snapshots take, where files share blocks and where they do not.
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use doze_e2e::{
+    World,
+    disk::{Disk, Kind},
+    exec,
+};
+use serde_json::json;
+
+use crate::{millis, quantile, standby::laps};
+
+const ROUNDS: usize = 10;
+const AT_ONCE: usize = 10;
+const DISK: u64 = 12 << 30;
+/// 100 MiB that are new since the last snapshot, and dirty.
+const DIRTY: &str = "dd if=/dev/urandom of=/dev/shm/noise bs=1M count=100 2>/dev/null";
+
+/// Before the world's first server start.
+pub fn share_blocks(world: &World) -> Result<()> {
+    Disk::of(world, Kind::Xfs, DISK).map(drop)
+}
+
+/// Prints one table.
+pub async fn copies(world: &World, place: &str) -> Result<()> {
+    for hypervisor in ["qemu-microvm", "qemu"] {
+        println!(
+            "\n| {hypervisor}, 512 MiB, 100 MiB of noise, {place} | median / p90 / worst | aim where blocks are shared |\n|---|---|---|"
+        );
+        one(world, hypervisor).await?;
+    }
+    Ok(())
+}
+
+async fn one(world: &World, hypervisor: &str) -> Result<()> {
+    let api = world.api().await?;
+    let mut request = world.tiny("source");
+    request["hypervisor"] = json!(hypervisor);
+    request["size"] = json!("512MB");
+    let id = world.boot(request).await?;
+    let (mut pauses, mut calls) = (Vec::new(), Vec::new());
+    for round in 0..=ROUNDS {
+        exec::sh(api, &id, DIRTY).await?;
+        let begun = Instant::now();
+        let path = format!("/instances/{id}/snapshots");
+        let kept = api
+            .post(&path, json!({"kind": "Standby"}))
+            .await?
+            .expect(201)?;
+        let took = begun.elapsed();
+        let laps = laps(api, &id, "copying it took").await?;
+        let at = |what: &str| {
+            laps.get(what)
+                .copied()
+                .with_context(|| format!("no {what}"))
+        };
+        if round > 0 {
+            pauses.push(at("resumed")?.saturating_sub(at("paused")?));
+            calls.push(took);
+        }
+        let kept = kept["id"].as_str().context("id")?;
+        api.delete(&format!("/snapshots/{kept}")).await?;
+    }
+    row(
+        "snapshot of a running guest, its pause",
+        &mut pauses,
+        "100 ms",
+    )?;
+    row(
+        "snapshot of a running guest, call to answer",
+        &mut calls,
+        "",
+    )?;
+    api.post_empty(&format!("/instances/{id}/standby"))
+        .await?
+        .expect(200)?;
+    let mut forks = Vec::new();
+    for round in 0..=ROUNDS {
+        let took = fork(world, &id).await?;
+        if round > 0 {
+            forks.push(took);
+        }
+    }
+    row(
+        "fork of a sleeping instance, call to verified answer",
+        &mut forks,
+        "500 ms",
+    )?;
+    let mut together = Vec::new();
+    for _ in 0..3 {
+        let begun = Instant::now();
+        let all =
+            futures::future::try_join_all((0..AT_ONCE).map(|_| start_fork(world, &id))).await?;
+        together.push(begun.elapsed());
+        for made in all {
+            api.remove(&made).await?;
+        }
+    }
+    row(
+        "ten forks at once, until the last has answered (3 rounds)",
+        &mut together,
+        "3 s",
+    )?;
+    api.remove(&id).await
+}
+
+async fn fork(world: &World, source: &str) -> Result<Duration> {
+    let begun = Instant::now();
+    let made = start_fork(world, source).await?;
+    let took = begun.elapsed();
+    world.api().await?.remove(&made).await?;
+    Ok(took)
+}
+
+async fn start_fork(world: &World, source: &str) -> Result<String> {
+    let body = json!({"name": world.unique("fork"), "target_state": "Running"});
+    let api = world.api().await?;
+    let made = api
+        .post(&format!("/instances/{source}/fork"), body)
+        .await?
+        .expect(201)?;
+    ensure!(made["state"] == "Running", "{made}");
+    Ok(made["id"].as_str().context("id")?.to_owned())
+}
+
+fn row(what: &str, all: &mut [Duration], aim: &str) -> Result<()> {
+    all.sort();
+    println!(
+        "| {what} | {} / {} / {} | {aim} |",
+        millis(quantile(all, 0.5)?),
+        millis(quantile(all, 0.9)?),
+        millis(quantile(all, 1.0)?)
+    );
+    Ok(())
+}
