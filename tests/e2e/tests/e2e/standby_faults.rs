@@ -41,10 +41,13 @@ fn faults(sample: &Sample) -> Vec<Case> {
         vmm_ends_at_restore,
     ];
     let (random, rounds) = (sample.random("kill"), if sample.campaign { 20 } else { 2 });
-    cases.push(Case::new(
-        "vmm_is_killed_during_restore",
-        move |world: &World| Box::pin(vmm_is_killed_during_restore(world, random.clone(), rounds)),
-    ));
+    cases.push(
+        Case::new("vmm_is_killed_during_restore", move |world: &World| {
+            Box::pin(vmm_is_killed_during_restore(world, random.clone(), rounds))
+        })
+        // Twenty rounds, each with a boot where the memory is lost.
+        .deadline(Duration::from_secs(600)),
+    );
     if sample.campaign {
         // Waits for deadlines of half a minute.
         cases.push(
