@@ -26,7 +26,7 @@
 //!
 //! The generation (vmgenid) is not part of the saved state: the process that loads it has its own, writes it into
 //! the guest's memory and raises the ACPI event before the CPUs run. The microvm would take the device too, but its
-//! ACPI tables do not mention it (QEMU 7.2, hw/i386/acpi-microvm.c), so no guest finds it.
+//! ACPI tables do not mention it (read in QEMU 7.2's hw/i386/acpi-microvm.c, not tried), so no guest should find it.
 //!
 //! The order of devices is part of the machine: device state of a saved machine fits only the
 //! same list. Append, never insert.
