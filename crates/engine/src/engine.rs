@@ -22,6 +22,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::{
     CreateRequest, EngineConfig, EngineError, InstanceView, LogSource, StartOverrides, WaitOutcome,
+    auto_standby::Controller,
     context::{Context, blocking, image_error, io_error},
     driver::{self, Message, Reply},
     instance::{APP_LOG, Instance, OPERATIONS_LOG, VMM_LOG, store_error},
@@ -48,6 +49,7 @@ pub(crate) struct Shared {
     heart: Arc<life_sign::Heart>,
     /// Read: a create between looking its image up and being in the registry. Write: content goes.
     pub image_gate: Arc<tokio::sync::RwLock<()>>,
+    pub auto_standby: Arc<Controller>,
 }
 
 impl Shared {
@@ -98,6 +100,7 @@ impl Engine {
         ));
         let known: HashSet<String> = stored.iter().map(|i| i.id.clone()).collect();
         recovery::sweep(&ctx, &known).await?;
+        let auto_standby = Arc::new(Controller::open(ctx.clone()).await);
         let heart = life_sign::Heart::start(&ctx.config.data_dir);
         let engine = Engine {
             shared: Arc::new(Shared {
@@ -106,6 +109,7 @@ impl Engine {
                 closing: AtomicBool::new(false),
                 heart,
                 image_gate: Arc::default(),
+                auto_standby,
             }),
         };
         engine.recover(stored).await;
@@ -165,6 +169,7 @@ impl Engine {
         };
         let view = entry.view();
         self.shared.registry.add(&view, entry.clone());
+        self.shared.auto_standby.watch(&entry);
         let (shared, id) = (self.shared.clone(), view.id.clone());
         let forget = move || shared.forget(&id);
         let task = tokio::spawn(driver::run(instance, published, messages, forget));
@@ -288,8 +293,12 @@ impl Engine {
         key: &str,
         options: bool,
     ) -> Result<Arc<InstanceView>, EngineError> {
-        self.command(key, |reply| Message::Standby { options, reply })
-            .await
+        self.command(key, |reply| Message::Standby {
+            options,
+            auto: None,
+            reply,
+        })
+        .await
     }
 
     /// Wakes a sleeping guest; answers when it proved that it lives (Running), or when it runs and takes
@@ -310,7 +319,7 @@ impl Engine {
             .map(drop)
     }
 
-    async fn command(
+    pub(crate) async fn command(
         &self,
         key: &str,
         message: impl FnOnce(Reply) -> Message,

@@ -25,8 +25,9 @@ use crate::{
     kill::{CommitStep, KillSwitch},
 };
 
-/// Version of the schema, in SQLite's `user_version`.
-const SCHEMA_VERSION: i64 = 1;
+/// What makes each version of the schema (SQLite's `user_version`) out of the one before it, the first out
+/// of an empty file.
+const SCHEMAS: [&str; 2] = [SCHEMA_1, memories::SCHEMA];
 /// Jobs of one transaction at most, so that the first of them does not wait for ever.
 const MAX_GROUP: usize = 64;
 
@@ -111,6 +112,14 @@ enum Job {
     Remove {
         id: String,
         reply: Reply<()>,
+    },
+    Remember {
+        id: String,
+        memory: String,
+        reply: Reply<()>,
+    },
+    Memories {
+        reply: Reply<Vec<(String, String)>>,
     },
 }
 
@@ -226,17 +235,20 @@ fn create_private(path: &Path) -> Result<(), StoreError> {
 
 fn migrate(connection: &mut Connection, path: &Path) -> Result<(), StoreError> {
     let version: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
-    if version > SCHEMA_VERSION {
+    let newest = i64::try_from(SCHEMAS.len()).unwrap_or(i64::MAX);
+    if version > newest {
         return Err(StoreError::Unreadable {
             path: path.into(),
-            reason: format!("its schema {version} is newer than this program's {SCHEMA_VERSION}"),
+            reason: format!("its schema {version} is newer than this program's {newest}"),
         });
     }
-    if version < 1 {
-        let transaction = connection.transaction()?;
-        transaction.execute_batch(SCHEMA_1)?;
-        transaction.pragma_update(None, "user_version", SCHEMA_VERSION)?;
-        transaction.commit()?;
+    for (made, schema) in (1..).zip(SCHEMAS) {
+        if version < made {
+            let transaction = connection.transaction()?;
+            transaction.execute_batch(schema)?;
+            transaction.pragma_update(None, "user_version", made)?;
+            transaction.commit()?;
+        }
     }
     Ok(())
 }
@@ -364,6 +376,16 @@ fn run_job(transaction: &mut Transaction<'_>, job: Job) -> Result<Deferred, rusq
             finish(savepoint, result.is_ok())?;
             deferred(result, reply)
         }
+        Job::Remember { id, memory, reply } => {
+            let result = memories::write(&savepoint, &id, &memory);
+            finish(savepoint, result.is_ok())?;
+            deferred(result, reply)
+        }
+        Job::Memories { reply } => {
+            let result = memories::read(&savepoint);
+            finish(savepoint, result.is_ok())?;
+            deferred(result, reply)
+        }
     })
 }
 
@@ -459,5 +481,6 @@ fn update(db: &Connection, id: &str, document: &Document) -> Result<(), StoreErr
     Ok(())
 }
 
+mod memories;
 #[cfg(test)]
 mod tests;

@@ -134,7 +134,9 @@ impl From<EngineError> for ApiError {
             }
             EngineError::NameTaken { .. } => ApiError::conflict("name_conflict", message),
             EngineError::InvalidField { code, .. } => ApiError::invalid(code, message),
-            EngineError::InvalidState { .. } => ApiError::conflict("invalid_state", message),
+            EngineError::InvalidState { .. } | EngineError::Asleep { .. } => {
+                ApiError::conflict("invalid_state", message)
+            }
             EngineError::Snapshot { .. } => ApiError::conflict("conflict", message),
             EngineError::ImageInUse { .. } => ApiError::conflict("in_use", message),
             EngineError::Capacity { .. } => ApiError::conflict("insufficient_capacity", message),

@@ -7,6 +7,7 @@ pub mod restore;
 pub mod standby;
 pub mod start;
 pub mod stop;
+pub mod update;
 
 use std::time::Instant;
 

@@ -439,9 +439,12 @@ impl Events {
         }
     }
 
-    /// Closes the socket as if receiving from it had failed: no test can make the kernel do that.
+    /// Closes the socket as if receiving from it had failed, which no test can make the kernel do; it is
+    /// opened again after `retry`.
     #[doc(hidden)]
-    pub fn cut(&mut self) -> Event {
-        self.disconnect(ReceiveError::Errno(rustix::io::Errno::CONNRESET))
+    pub fn cut(&mut self, retry: Duration) -> Event {
+        let event = self.disconnect(ReceiveError::Errno(rustix::io::Errno::CONNRESET));
+        self.link = Link::Down { retry };
+        event
     }
 }
