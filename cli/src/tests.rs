@@ -20,8 +20,20 @@ fn every_verb_is_there() {
         .map(|c| c.get_name().to_owned())
         .collect();
     for verb in [
-        "serve", "run", "ps", "exec", "logs", "stop", "start", "rm", "inspect", "wait", "image",
-        "token", "doctor",
+        "serve",
+        "run",
+        "ps",
+        "exec",
+        "logs",
+        "stop",
+        "start",
+        "rm",
+        "inspect",
+        "wait",
+        "image",
+        "token",
+        "doctor",
+        "auto-standby",
     ] {
         assert!(verbs.iter().any(|v| v == verb), "{verb} is missing");
     }
@@ -56,6 +68,24 @@ fn wrong_usage_is_refused() {
         &["ps", "--tag", "team"],
         &["ps", "--json", "--quiet"],
         &["image", "import", "redis"],
+        &["auto-standby", "set", "web"],
+        &[
+            "auto-standby",
+            "set",
+            "--off",
+            "--idle-timeout",
+            "5m",
+            "web",
+        ],
+        &[
+            "auto-standby",
+            "set",
+            "--idle-timeout",
+            "5m",
+            "--ignore-port",
+            "0",
+            "web",
+        ],
     ] {
         assert!(parse(words).is_err(), "{words:?}");
     }

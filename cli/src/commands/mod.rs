@@ -3,6 +3,7 @@ use clap::Subcommand;
 
 use crate::{connection, failure::Failure};
 
+pub mod auto_standby;
 mod common;
 pub mod debug;
 pub mod doctor;
@@ -46,6 +47,9 @@ pub enum Command {
     Restore(restore::Args),
     /// Put all instances to sleep, for example before a reboot
     Drain(drain::Args),
+    /// When instances fall asleep by themselves
+    #[command(subcommand)]
+    AutoStandby(auto_standby::Command),
     /// Delete instances
     Rm(rm::Args),
     /// Show everything about an instance
@@ -80,6 +84,7 @@ pub async fn run(command: Command, options: &connection::Options) -> Result<u8, 
         Command::Standby(args) => standby::run(args, options).await,
         Command::Restore(args) => restore::run(args, options).await,
         Command::Drain(args) => drain::run(args, options).await,
+        Command::AutoStandby(command) => auto_standby::run(command, options).await,
         Command::Rm(args) => rm::run(args, options).await,
         Command::Inspect(args) => inspect::run(args, options).await,
         Command::Phases(args) => phases::run(args, options).await,

@@ -110,7 +110,7 @@ impl Attempt {
         if open.unwrap_or(0) > 0 {
             return busy("an exec session");
         }
-        match self.eyes.fresh(claim.ip.into(), policy).await {
+        match self.eyes.fresh(claim.ip, policy).await {
             Ok(sight) if sight.active == 0 => Ok(()),
             Ok(_) => busy("a connection"),
             Err(error) => {

@@ -1,9 +1,13 @@
 //! Who talks to an instance: by what the tracker has heard, or by a dump of this moment.
-use std::{collections::HashSet, net::IpAddr};
+use std::{
+    collections::HashSet,
+    net::{IpAddr, Ipv4Addr},
+};
 
 use doze_host::{
     conntrack::{
-        Counters, Family, Flow, NotInSync, Observer, Options, Tracker, TrackerOptions,
+        ConntrackError, Counters, Dump, Family, Flow, NotInSync, Observer, Options, Tracker,
+        TrackerOptions,
         classify::{self, IdleLimit, Rules, Verdict},
         policy::EnabledPolicy,
     },
@@ -61,16 +65,30 @@ impl Eyes {
     }
 
     /// By a dump begun now.
-    pub async fn fresh(&self, ip: IpAddr, policy: &EnabledPolicy) -> Result<Sight, String> {
-        let mut dump = self
-            .observer
-            .start_dump(Family::Ipv4)
-            .map_err(|error| error.to_string())?;
+    pub async fn fresh(&self, ip: Ipv4Addr, policy: &EnabledPolicy) -> Result<Sight, String> {
+        match self.read(self.observer.start_dump_to(ip), ip, policy).await {
+            Ok(sight) => Ok(sight),
+            // The filter may be what the kernel cannot do.
+            Err(error) => {
+                tracing::debug!(%error, "connections to one address could not be read; reading all");
+                let all = self.observer.start_dump(Family::Ipv4);
+                self.read(all, ip, policy).await
+            }
+        }
+    }
+
+    async fn read(
+        &self,
+        dump: Result<Dump, ConntrackError>,
+        ip: Ipv4Addr,
+        policy: &EnabledPolicy,
+    ) -> Result<Sight, String> {
+        let mut dump = dump.map_err(|error| error.to_string())?;
         let (mut sight, mut flows) = (Sight::default(), Vec::new());
         loop {
             let more = dump.next(&mut flows).await.map_err(|e| e.to_string())?;
             // Piece by piece: the whole table may be large, and many may look at once.
-            self.see(&mut sight, &flows, ip, policy);
+            self.see(&mut sight, &flows, ip.into(), policy);
             flows.clear();
             if !more {
                 return Ok(sight);

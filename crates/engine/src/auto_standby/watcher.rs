@@ -364,19 +364,24 @@ impl Watcher {
         });
     }
 
-    /// Writes down what a restart must know, if it is time to. That an instance is in use is written at
-    /// once: what a crash leaves must never let it sleep earlier.
+    /// Writes down what a restart must know, if it is time to. That it is in use, or was for a moment, is
+    /// written at once: what a crash leaves must never let it sleep earlier.
     async fn keep(&mut self, at_once: bool) -> Result<(), crate::store::StoreError> {
         let changed =
             self.memory.idle_since != self.kept.idle_since || self.memory.hold != self.kept.hold;
-        let in_use = self.memory.idle_since.is_none() && self.kept.idle_since.is_some();
+        let outdated =
+            self.kept.idle_since.is_some() && self.memory.idle_since != self.kept.idle_since;
         let settled = self.settles.is_none_or(|at| at <= Instant::now());
-        if !changed || !(at_once || in_use || settled) {
+        if !changed || !(at_once || outdated || settled) {
             return Ok(());
         }
-        let written = self.controller.remember(&self.id, &self.memory).await;
+        let mut memory = self.memory.clone();
+        if !settled {
+            memory.idle_since = None;
+        }
+        let written = self.controller.remember(&self.id, &memory).await;
         match &written {
-            Ok(()) => self.kept = self.memory.clone(),
+            Ok(()) => self.kept = memory,
             // It is being deleted.
             Err(crate::store::StoreError::Missing(_)) => {
                 self.settles = Some(Instant::now() + FIRST_PAUSE);
