@@ -45,6 +45,8 @@ pub async fn run(instance: &mut Instance) -> Result<bool, EngineError> {
 }
 
 async fn reconcile(instance: &mut Instance) -> Result<bool, EngineError> {
+    // Otherwise this server has just begun, and nobody knows what happened before.
+    let watched = instance.live.is_some();
     reattach(instance).await?;
     // Its CPUs never ran with our knowledge: it goes.
     let live = instance.live.as_ref();
@@ -95,7 +97,7 @@ async fn reconcile(instance: &mut Instance) -> Result<bool, EngineError> {
                 instance.note("finishing a standby that the server's end interrupted");
                 ops::standby::complete(instance, status).await?;
             } else {
-                book_pause(instance, status).await?;
+                book_pause(instance, status, watched).await?;
                 let reason = "the server ended before the snapshot was complete";
                 ops::standby::undo(instance, Some(reason)).await?;
             }
@@ -120,8 +122,14 @@ async fn reconcile(instance: &mut Instance) -> Result<bool, EngineError> {
     Ok(true)
 }
 
-/// A guest that a standby had paused when the server died has stood still since, whatever the record says.
-async fn book_pause(instance: &mut Instance, status: MachineStatus) -> Result<(), EngineError> {
+/// A guest that a standby had paused when the server died has stood still since, whatever the record says. While
+/// the server was there it said that the guest runs, and what was said is never taken back: the pause
+/// begins when it is seen.
+async fn book_pause(
+    instance: &mut Instance,
+    status: MachineStatus,
+    watched: bool,
+) -> Result<(), EngineError> {
     let runs = match instance.record.state() {
         State::Initializing | State::Running => true,
         State::Created | State::Paused | State::Shutdown => false,
@@ -130,8 +138,11 @@ async fn book_pause(instance: &mut Instance, status: MachineStatus) -> Result<()
     if !runs || status != MachineStatus::Paused {
         return Ok(());
     }
-    let last_seen = life_sign::last_seen(instance).await?;
-    instance.commit_at(Fact::CpusPaused, &last_seen).await
+    let since = match watched {
+        true => crate::now(),
+        false => life_sign::last_seen(instance).await?,
+    };
+    instance.commit_at(Fact::CpusPaused, &since).await
 }
 
 async fn status(instance: &Instance) -> Result<MachineStatus, EngineError> {
