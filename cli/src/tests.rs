@@ -20,8 +20,23 @@ fn every_verb_is_there() {
         .map(|c| c.get_name().to_owned())
         .collect();
     for verb in [
-        "serve", "run", "ps", "exec", "logs", "stop", "start", "rm", "inspect", "wait", "image",
-        "token", "doctor", "fork", "snapshot", "schedule",
+        "serve",
+        "run",
+        "ps",
+        "exec",
+        "logs",
+        "stop",
+        "start",
+        "rm",
+        "inspect",
+        "wait",
+        "image",
+        "token",
+        "doctor",
+        "fork",
+        "snapshot",
+        "schedule",
+        "auto-standby",
     ] {
         assert!(verbs.iter().any(|v| v == verb), "{verb} is missing");
     }
@@ -68,6 +83,24 @@ fn wrong_usage_is_refused() {
         &["schedule", "set", "web", "--every", "1h"],
         &["schedule", "set", "web", "--keep", "3"],
         &["schedule", "set", "web", "--every", "1h", "--keep", "-1"],
+        &["auto-standby", "set", "web"],
+        &[
+            "auto-standby",
+            "set",
+            "--off",
+            "--idle-timeout",
+            "5m",
+            "web",
+        ],
+        &[
+            "auto-standby",
+            "set",
+            "--idle-timeout",
+            "5m",
+            "--ignore-port",
+            "0",
+            "web",
+        ],
     ] {
         assert!(parse(words).is_err(), "{words:?}");
     }

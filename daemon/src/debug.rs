@@ -1,6 +1,24 @@
 //! What tests and benches need of a server besides its API.
 use crate::Config;
 
+/// With `DOZE_TEST_CUT_CONNTRACK` set to a duration, SIGUSR2 makes the server deaf to connections for so long:
+/// no test can make the kernel close that socket.
+pub(crate) fn cut_conntrack_on_signal(engine: doze_engine::Engine) -> anyhow::Result<()> {
+    let Some(text) = std::env::var_os("DOZE_TEST_CUT_CONNTRACK") else {
+        return Ok(());
+    };
+    let duration = doze_lifecycle::duration::parse(&text.to_string_lossy())?;
+    let duration = duration.to_std().unwrap_or_default();
+    let kind = tokio::signal::unix::SignalKind::user_defined2();
+    let mut signals = tokio::signal::unix::signal(kind)?;
+    tokio::spawn(async move {
+        while signals.recv().await.is_some() {
+            engine.cut_conntrack(duration);
+        }
+    });
+    Ok(())
+}
+
 /// Names of the points at which `DOZE_KILL_AT` can end the server.
 pub fn kill_points() -> impl Iterator<Item = &'static str> {
     doze_engine::KillPoint::ALL.iter().map(|point| point.name())

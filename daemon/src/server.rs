@@ -67,6 +67,7 @@ async fn run(config: Config, stop: impl Future<Output = &'static str>) -> Result
         .map_err(|error| {
             anyhow::anyhow!("open {}: {}", folder.display(), http::errors::chain(&error))
         })?;
+    crate::debug::cut_conntrack_on_signal(engine.clone())?;
     let state = AppState::new(http::Parts {
         engine: engine.clone(),
         verifier: Verifier::new(&secret),

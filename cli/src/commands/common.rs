@@ -165,6 +165,20 @@ pub fn short_id(id: &str) -> &str {
     id.get(..12).unwrap_or(id)
 }
 
+/// A Go duration without what is below a second.
+pub fn whole_seconds(duration: &str) -> String {
+    if ["ms", "\u{b5}s", "ns"]
+        .iter()
+        .any(|unit| duration.ends_with(unit))
+    {
+        return "0s".to_owned();
+    }
+    match duration.split_once('.') {
+        Some((whole, _)) => format!("{whole}s"),
+        None => duration.to_owned(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]

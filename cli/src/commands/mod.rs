@@ -3,6 +3,7 @@ use clap::Subcommand;
 
 use crate::{connection, failure::Failure};
 
+pub mod auto_standby;
 mod common;
 pub mod debug;
 pub mod doctor;
@@ -57,6 +58,9 @@ pub enum Command {
     /// Take snapshots of an instance regularly
     #[command(subcommand)]
     Schedule(schedule::Command),
+    /// When instances fall asleep by themselves
+    #[command(subcommand)]
+    AutoStandby(auto_standby::Command),
     /// Delete instances
     Rm(rm::Args),
     /// Show everything about an instance
@@ -94,6 +98,7 @@ pub async fn run(command: Command, options: &connection::Options) -> Result<u8, 
         Command::Fork(args) => fork::run(args, options).await,
         Command::Snapshot(command) => snapshot::run(command, options).await,
         Command::Schedule(command) => schedule::run(command, options).await,
+        Command::AutoStandby(command) => auto_standby::run(command, options).await,
         Command::Rm(args) => rm::run(args, options).await,
         Command::Inspect(args) => inspect::run(args, options).await,
         Command::Phases(args) => phases::run(args, options).await,

@@ -1,9 +1,13 @@
 //! `doze ps`: which instances there are.
 use doze_api::{Instance, InstanceState, client::InstanceFilter};
+use futures::{StreamExt as _, stream};
 use time::OffsetDateTime;
 
-use super::common;
+use super::{auto_standby, common};
 use crate::{connection, failure::Failure, output};
+
+/// Instances whose way to sleep is asked for at the same time.
+const ASKED_AT_ONCE: usize = 16;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -45,25 +49,54 @@ pub async fn run(args: Args, options: &connection::Options) -> Result<u8, Failur
             output::line(&instance.name)?;
         }
     } else {
-        output::line(&render(&instances, OffsetDateTime::now_utc()))?;
+        let sleep = sleep(&server, &instances).await;
+        output::line(&render(&instances, &sleep, OffsetDateTime::now_utc()))?;
     }
     Ok(0)
 }
 
-fn render(instances: &[Instance], now: OffsetDateTime) -> String {
+/// When each may fall asleep by itself, as far as that is to be known of one that runs and may.
+async fn sleep(server: &connection::Server, instances: &[Instance]) -> Vec<String> {
+    let asked = instances.iter().map(async |instance| {
+        let policy = instance.auto_standby.as_ref();
+        match policy.map(|policy| policy.enabled == Some(true)) {
+            None => "-".to_owned(),
+            Some(false) => "off".to_owned(),
+            Some(true) if instance.state != InstanceState::Running => "-".to_owned(),
+            Some(true) => match server.client.auto_standby_status(&instance.id).await {
+                Ok(status) => auto_standby::word(&status),
+                // It is gone since it was listed.
+                Err(_) => "-".to_owned(),
+            },
+        }
+    });
+    stream::iter(asked).buffered(ASKED_AT_ONCE).collect().await
+}
+
+fn render(instances: &[Instance], sleep: &[String], now: OffsetDateTime) -> String {
     let rows: Vec<_> = instances
         .iter()
-        .map(|instance| row(instance, now))
+        .zip(sleep)
+        .map(|(instance, sleep)| row(instance, sleep, now))
         .collect();
     output::table(
         [
-            "NAME", "ID", "IMAGE", "STATE", "SINCE", "IP", "MEMORY", "MONITOR",
+            "NAME",
+            "ID",
+            "IMAGE",
+            "STATE",
+            "SINCE",
+            "IP",
+            "MEMORY",
+            "MONITOR",
+            "IDLE-TIMEOUT",
+            "SLEEPS",
         ],
         &rows,
     )
 }
 
-fn row(instance: &Instance, now: OffsetDateTime) -> [String; 8] {
+fn row(instance: &Instance, sleep: &str, now: OffsetDateTime) -> [String; 10] {
     let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
     [
         instance.name.clone(),
@@ -79,6 +112,13 @@ fn row(instance: &Instance, now: OffsetDateTime) -> [String; 8] {
         ),
         or_dash(instance.size.clone()),
         or_dash(instance.hypervisor.map(|hypervisor| hypervisor.to_string())),
+        or_dash(
+            instance
+                .auto_standby
+                .as_ref()
+                .and_then(|policy| policy.idle_timeout.clone()),
+        ),
+        sleep.to_owned(),
     ]
 }
 
@@ -122,11 +162,12 @@ mod tests {
             "id": "abcdefghijklmnopqrstuvwx", "name": "web", "image": "docker.io/library/redis:latest",
             "state": "Stopped", "created_at": "2026-01-01T00:00:00Z", "exit_code": 3,
             "current_phase_since": "2026-01-01T00:00:00Z", "size": "256MB", "hypervisor": "qemu",
-            "network": {"enabled": true, "ip": "10.0.0.2"}
+            "network": {"enabled": true, "ip": "10.0.0.2"},
+            "auto_standby": {"enabled": true, "idle_timeout": "5m0s"}
         }))
         .unwrap();
         let now = OffsetDateTime::parse("2026-01-01T00:05:00Z", &Rfc3339).unwrap();
-        let text = render(&[instance], now);
+        let text = render(&[instance], &["-".to_owned()], now);
         let cells: Vec<_> = text
             .lines()
             .nth(1)
@@ -145,7 +186,9 @@ mod tests {
                 "5m",
                 "10.0.0.2",
                 "256MB",
-                "qemu"
+                "qemu",
+                "5m0s",
+                "-"
             ]
         );
     }

@@ -110,6 +110,8 @@ struct Shared {
     endpoint: Endpoint,
     view: watch::Sender<GuestView>,
     streams: Mutex<HashMap<u32, Arc<exec::Inbox>>>,
+    /// How many those are; see [`Shared::recount`].
+    sessions: watch::Sender<usize>,
     next_stream: AtomicU32,
     pings: Mutex<HashMap<u64, oneshot::Sender<()>>>,
     shutdowns: Mutex<Vec<oneshot::Sender<()>>>,
@@ -130,6 +132,17 @@ impl Shared {
     fn unavailable(&self) -> AgentError {
         let why = self.closed.get().cloned();
         AgentError::Unavailable(why.unwrap_or_else(|| lock(&self.problem).clone()))
+    }
+
+    /// Tells who waits for it how many sessions there are; called after every change of `streams`.
+    fn recount(&self) {
+        // Under the lock, so that the last one to count has counted the last change.
+        let streams = lock(&self.streams);
+        self.sessions.send_if_modified(|known| {
+            let changed = *known != streams.len();
+            *known = streams.len();
+            changed
+        });
     }
 
     /// What callers get that this channel's end interrupts.
@@ -195,6 +208,7 @@ impl AgentClient {
             endpoint: Endpoint::new(Role::Host, rand::random()),
             view: sender,
             streams: Mutex::default(),
+            sessions: watch::Sender::new(0),
             next_stream: AtomicU32::new(MAIN_STREAM + 1),
             pings: Mutex::default(),
             shutdowns: Mutex::default(),
@@ -234,6 +248,11 @@ impl AgentClient {
     /// Exec sessions that began, or are about to, and have not ended.
     pub fn open_sessions(&self) -> usize {
         lock(&self.handle.shared.streams).len()
+    }
+
+    /// The number of [`AgentClient::open_sessions`], whenever it changes.
+    pub fn sessions(&self) -> watch::Receiver<usize> {
+        self.handle.shared.sessions.subscribe()
     }
 
     /// A round trip with a fresh nonce. Waits for a connection if there is none, all within `timeout`.

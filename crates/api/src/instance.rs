@@ -407,6 +407,9 @@ pub struct Instance {
     pub tags: BTreeMap<String, String>,
     #[serde(default)]
     pub volumes: Vec<VolumeMount>,
+    /// Absent when it was never given one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub auto_standby: Option<AutoStandbyPolicy>,
 }
 
 /// Network of an instance.

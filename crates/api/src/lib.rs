@@ -11,6 +11,7 @@
 //!
 //! Durations travel as Go duration strings (`1h30m0s`), sizes as binary size strings (`1GB` is
 //! 1024^3 bytes), timestamps as RFC 3339 UTC strings.
+pub mod auto_standby;
 pub mod capabilities;
 pub mod error;
 pub mod exec;
@@ -24,6 +25,9 @@ pub mod snapshot;
 #[cfg(feature = "client")]
 pub mod client;
 
+pub use auto_standby::{
+    AutoStandbyReason, AutoStandbyState, AutoStandbyStatus, AwakeBecause, UpdateInstanceRequest,
+};
 pub use capabilities::{
     Capabilities, DefaultRuntime, Health, HealthStatus, HostInfo, ImageSupport, NetworkModel,
     NetworkSupport, Runtime, ServerInfo,

@@ -19,6 +19,10 @@ pub struct AutoStandbyPolicy {
     /// CIDRs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ignore_source_cidrs: Option<Vec<String>>,
+    /// Addition of doze, a Go duration: a connection that has been silent for longer does not count. Without,
+    /// the kernel keeps that of a client that vanished for days.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_flow_idle: Option<String>,
 }
 
 /// How the workload's health is probed.

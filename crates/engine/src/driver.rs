@@ -9,11 +9,13 @@
 //! there is no lock. A caller that hangs up stops nothing: its reply is simply not delivered.
 use std::{collections::VecDeque, future::Future, pin::Pin, sync::Arc};
 
+use doze_host::conntrack::policy::Policy;
 use doze_lifecycle::{Admission, Cause, Command, Operation, admission::admit};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
     EngineError, InstanceView, StartOverrides,
+    auto_standby::Attempt,
     instance::{Instance, Published},
     observe::idle,
     ops::{self, Cancel},
@@ -39,6 +41,13 @@ pub enum Message {
     Standby {
         /// The request says how the snapshot is to be kept.
         options: bool,
+        /// Not a user wants it, but nobody wanted the instance.
+        auto: Option<Arc<Attempt>>,
+        reply: Reply,
+    },
+    /// Change what may be changed of its spec, in whatever state it is.
+    Update {
+        auto_standby: Policy,
         reply: Reply,
     },
     Restore {
@@ -94,18 +103,24 @@ impl Message {
             }),
             Message::Capture { command, .. } => Some(*command),
             Message::Rollback { .. } => Some(Command::Rollback),
-            Message::Create { .. } | Message::Fork { .. } => None,
+            Message::Create { .. } | Message::Fork { .. } | Message::Update { .. } => None,
             Message::Recover { .. } | Message::Retire { .. } => None,
         }
+    }
+
+    fn is_automatic(&self) -> bool {
+        matches!(self, Message::Standby { auto: Some(_), .. })
     }
 
     /// Who wants it.
     fn cause(&self) -> Cause {
         match self {
             Message::Create { .. } | Message::Start { .. } | Message::Stop { .. } => Cause::User,
+            Message::Standby { auto: Some(_), .. } => Cause::AutoStandby,
             Message::Standby { .. } | Message::Restore { .. } => Cause::User,
             Message::Delete { .. } | Message::Fork { .. } | Message::Rollback { .. } => Cause::User,
             Message::Capture { cause, .. } => *cause,
+            Message::Update { .. } => Cause::User,
             Message::Recover { .. } | Message::Retire { .. } => Cause::Recovery,
         }
     }
@@ -116,6 +131,7 @@ impl Message {
             | Message::Start { reply, .. }
             | Message::Stop { reply }
             | Message::Standby { reply, .. }
+            | Message::Update { reply, .. }
             | Message::Restore { reply }
             | Message::Delete { reply, .. }
             | Message::Capture { reply, .. }
@@ -222,6 +238,8 @@ async fn settle(instance: &mut Instance, message: &Message) -> Result<bool, Engi
         // Both know what to do with an unfinished record.
         Message::Create { .. } | Message::Fork { .. } => return Ok(true),
         Message::Recover { .. } | Message::Retire { .. } => return Ok(true),
+        // Or need not know.
+        Message::Update { .. } => return Ok(true),
         Message::Start { .. } => Command::START,
         Message::Stop { .. } => Command::Stop,
         Message::Standby { .. } => Command::Standby { options: false },
@@ -291,7 +309,13 @@ fn decide(instance: Box<Instance>, message: Message) -> Holding {
 
 /// Starts the operation a message asks for.
 fn begin(mut instance: Box<Instance>, mut message: Message) -> Holding {
-    let cancel = Cancel::new();
+    let cancel = match &message {
+        Message::Standby {
+            auto: Some(attempt),
+            ..
+        } => attempt.cancel(),
+        _ => Cancel::new(),
+    };
     let token = cancel.clone();
     instance.on_behalf = Some(message.cause());
     let work: Pin<Box<dyn Future<Output = Done> + Send>> = match &mut message {
@@ -322,14 +346,28 @@ fn begin(mut instance: Box<Instance>, mut message: Message) -> Holding {
                 gone: false,
             }
         }),
-        Message::Standby { .. } => Box::pin(async move {
-            let outcome = ops::standby::run(&mut instance, &token).await;
-            Done {
-                instance,
-                outcome,
-                gone: false,
-            }
-        }),
+        Message::Standby { auto, .. } => {
+            let auto = auto.clone();
+            Box::pin(async move {
+                let outcome = ops::standby::run(&mut instance, &token, auto.as_deref()).await;
+                Done {
+                    instance,
+                    outcome,
+                    gone: false,
+                }
+            })
+        }
+        Message::Update { auto_standby, .. } => {
+            let auto_standby = auto_standby.clone();
+            Box::pin(async move {
+                let outcome = ops::update::run(&mut instance, auto_standby).await;
+                Done {
+                    instance,
+                    outcome,
+                    gone: false,
+                }
+            })
+        }
         Message::Restore { .. } => Box::pin(async move {
             let outcome = ops::restore::run(&mut instance, &token).await;
             Done {
@@ -431,13 +469,17 @@ fn overlap(
         Message::Capture { .. } => Some(Operation::Snapshot),
         Message::Fork { .. } => Some(Operation::Fork),
         Message::Rollback { .. } => Some(Operation::Rollback),
-        Message::Recover { .. } | Message::Retire { .. } => None,
+        Message::Recover { .. } | Message::Retire { .. } | Message::Update { .. } => None,
     });
     let Some(operation) = operation else {
         waiting.push_back(message);
         return;
     };
     match admit(record.state(), Some(operation), command) {
+        // One that nobody asked for may be called off at any moment; somebody's own is done then.
+        Admission::Join if busy.owner.is_automatic() && !message.is_automatic() => {
+            waiting.push_back(message);
+        }
         Admission::Join => busy.joined.push(message),
         Admission::Interrupt => {
             busy.cancel.cancel();

@@ -22,6 +22,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::{
     CreateRequest, EngineConfig, EngineError, InstanceView, LogSource, StartOverrides, WaitOutcome,
+    auto_standby::Controller,
     context::{Context, Opened, blocking, image_error, io_error},
     driver::{self, Message, Reply},
     instance::{APP_LOG, Instance, OPERATIONS_LOG, VMM_LOG, store_error},
@@ -50,6 +51,7 @@ pub(crate) struct Shared {
     /// Read: a create between looking its image up and being in the registry. Write: content goes.
     pub image_gate: Arc<tokio::sync::RwLock<()>>,
     pub schedules: Arc<Schedules>,
+    pub auto_standby: Arc<Controller>,
 }
 
 impl Shared {
@@ -117,6 +119,7 @@ impl Engine {
             },
         ));
         recovery::sweep(&ctx, &known, kept).await?;
+        let auto_standby = Arc::new(Controller::open(ctx.clone()).await);
         let heart = life_sign::Heart::start(&ctx.config.data_dir);
         let engine = Engine {
             shared: Arc::new(Shared {
@@ -126,6 +129,7 @@ impl Engine {
                 heart,
                 image_gate: Arc::default(),
                 schedules: Arc::new(Schedules::new(schedules)),
+                auto_standby,
             }),
         };
         engine.recover(stored).await;
@@ -186,6 +190,7 @@ impl Engine {
         };
         let view = entry.view();
         self.shared.registry.add(&view, entry.clone());
+        self.shared.auto_standby.watch(&entry);
         let (shared, id) = (self.shared.clone(), view.id.clone());
         let forget = move || shared.forget(&id);
         let task = tokio::spawn(driver::run(instance, published, messages, forget));
@@ -317,8 +322,12 @@ impl Engine {
         key: &str,
         options: bool,
     ) -> Result<Arc<InstanceView>, EngineError> {
-        self.command(key, |reply| Message::Standby { options, reply })
-            .await
+        self.command(key, |reply| Message::Standby {
+            options,
+            auto: None,
+            reply,
+        })
+        .await
     }
 
     /// Wakes a sleeping guest; answers when it proved that it lives (Running), or when it runs and takes
@@ -339,7 +348,7 @@ impl Engine {
             .map(drop)
     }
 
-    async fn command(
+    pub(crate) async fn command(
         &self,
         key: &str,
         message: impl FnOnce(Reply) -> Message,

@@ -67,6 +67,7 @@ impl EngineError {
                 field: field.clone(),
             },
             E::Interrupted { by } => E::Interrupted { by },
+            E::Asleep { state } => E::Asleep { state: *state },
             E::Agent(error) => E::Agent(error.clone()),
             E::ShuttingDown => E::ShuttingDown,
             E::Image(error) => E::Internal {
@@ -133,6 +134,11 @@ pub enum EngineError {
     DependencyMissing { what: String, mend: String },
     #[error("{field} is known but not built yet; leave it out or give it its no-effect value")]
     NotImplemented { field: String },
+    /// Too late to keep it awake.
+    #[error(
+        "state: cannot hold an instance awake that is {state} and in standby or on its way there; restore it first"
+    )]
+    Asleep { state: State },
     /// Another command interrupted this one (stop or delete during start).
     #[error("interrupted by {by}")]
     Interrupted { by: &'static str },

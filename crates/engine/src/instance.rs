@@ -141,13 +141,7 @@ impl Instance {
                 })?;
         }
         let before = self.record.state();
-        let document = Document {
-            spec: (*self.spec).clone(),
-            record: next.clone(),
-            machine: self.description.clone(),
-            inherited: self.inherited,
-            rollback: self.rollback.clone(),
-        };
+        let document = self.document((*self.spec).clone(), next.clone());
         self.ctx
             .store
             .update(&self.id, document)
@@ -166,6 +160,17 @@ impl Instance {
             self.note(&format!("{before} -> {after} ({})", names.join(", ")));
         }
         Ok(())
+    }
+
+    /// All that the store keeps of it, with this specification and record.
+    pub fn document(&self, spec: InstanceSpec, record: Record) -> Document {
+        Document {
+            spec,
+            record,
+            machine: self.description.clone(),
+            inherited: self.inherited,
+            rollback: self.rollback.clone(),
+        }
     }
 
     /// Shows readers what stands now.

@@ -15,6 +15,7 @@ use doze_host::net::NetworkConfig;
 use doze_lifecycle::{Stamp, State};
 use doze_vmm::{Hypervisor, boot::KernelSource, qemu::QemuConfig};
 
+mod auto_standby;
 mod context;
 mod copies;
 mod driver;
@@ -37,6 +38,9 @@ mod snapshots;
 mod store;
 mod view;
 
+pub use auto_standby::{
+    AutoStandbyConfig, AutoStandbyMetrics, AwakeBecause, Reason, Status, StatusWord, TRACKING_MODE,
+};
 pub use engine::{Engine, Monitors};
 pub use error::EngineError;
 pub use kill::{CommitStep, KillPoint, KillSwitch};
@@ -65,6 +69,7 @@ pub struct EngineConfig {
     pub dns: Vec<std::net::Ipv4Addr>,
     pub limits: Limits,
     pub standby: StandbyConfig,
+    pub auto_standby: AutoStandbyConfig,
     /// Where the memory of machines that are booted from now on lives.
     pub memory: doze_vmm::MemoryBacking,
     /// Where, if anywhere, this process is to die; for crash tests.
@@ -132,6 +137,7 @@ pub struct CreateRequest {
     /// `None`: on when the server has a network.
     pub network_enabled: Option<bool>,
     pub skip_guest_agent: bool,
+    pub auto_standby: Option<doze_host::conntrack::policy::Policy>,
 }
 
 /// Replaces the kept overrides from this start on.

@@ -73,6 +73,7 @@ impl Engine {
                 .network_enabled
                 .unwrap_or(ctx.config.network.is_some()),
             skip_guest_agent: request.skip_guest_agent,
+            auto_standby: request.auto_standby,
         })
     }
 }

@@ -105,7 +105,7 @@ async fn reconcile(instance: &mut Instance) -> Result<bool, EngineError> {
             } else {
                 book_pause(instance, status, watched).await?;
                 let reason = "the server ended before the snapshot was complete";
-                ops::standby::undo(instance, reason).await?;
+                ops::standby::undo(instance, Some(reason)).await?;
             }
         }
         Some(Operation::Snapshot) if status != MachineStatus::Gone => {

@@ -35,6 +35,7 @@ pub async fn seed_stopped(
         tags: BTreeMap::from([("team".into(), "seed".into())]),
         network_enabled: pool.is_some(),
         skip_guest_agent: false,
+        auto_standby: None,
     };
     for number in 0..count {
         let at = now();

@@ -27,10 +27,11 @@ use crate::{
 
 mod copies;
 
-use copies::{Change, SCHEMA_2, read_documents};
+use copies::{Change, read_documents};
 
-/// Version of the schema, in SQLite's `user_version`.
-const SCHEMA_VERSION: i64 = 2;
+/// What makes each version of the schema (SQLite's `user_version`) out of the one before it, the first out
+/// of an empty file.
+const SCHEMAS: [&str; 3] = [SCHEMA_1, copies::SCHEMA, memories::SCHEMA];
 /// Jobs of one transaction at most, so that the first of them does not wait for ever.
 const MAX_GROUP: usize = 64;
 
@@ -142,6 +143,14 @@ enum Job {
     Write {
         change: Change,
         reply: Reply<()>,
+    },
+    Remember {
+        id: String,
+        memory: String,
+        reply: Reply<()>,
+    },
+    Memories {
+        reply: Reply<Vec<(String, String)>>,
     },
 }
 
@@ -264,18 +273,20 @@ fn create_private(path: &Path) -> Result<(), StoreError> {
 
 fn migrate(connection: &mut Connection, path: &Path) -> Result<(), StoreError> {
     let version: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
-    if version > SCHEMA_VERSION {
+    let newest = i64::try_from(SCHEMAS.len()).unwrap_or(i64::MAX);
+    if version > newest {
         return Err(StoreError::Unreadable {
             path: path.into(),
-            reason: format!("its schema {version} is newer than this program's {SCHEMA_VERSION}"),
+            reason: format!("its schema {version} is newer than this program's {newest}"),
         });
     }
-    let steps = [(1, SCHEMA_1), (2, SCHEMA_2)];
-    for (step, schema) in steps.into_iter().filter(|(step, _)| version < *step) {
-        let transaction = connection.transaction()?;
-        transaction.execute_batch(schema)?;
-        transaction.pragma_update(None, "user_version", step)?;
-        transaction.commit()?;
+    for (made, schema) in (1..).zip(SCHEMAS) {
+        if version < made {
+            let transaction = connection.transaction()?;
+            transaction.execute_batch(schema)?;
+            transaction.pragma_update(None, "user_version", made)?;
+            transaction.commit()?;
+        }
     }
     Ok(())
 }
@@ -400,6 +411,16 @@ fn run_job(transaction: &mut Transaction<'_>, job: Job) -> Result<Deferred, rusq
             finish(savepoint, result.is_ok())?;
             deferred(result, reply)
         }
+        Job::Remember { id, memory, reply } => {
+            let result = memories::write(&savepoint, &id, &memory);
+            finish(savepoint, result.is_ok())?;
+            deferred(result, reply)
+        }
+        Job::Memories { reply } => {
+            let result = memories::read(&savepoint);
+            finish(savepoint, result.is_ok())?;
+            deferred(result, reply)
+        }
     })
 }
 
@@ -495,5 +516,6 @@ fn update(db: &Connection, id: &str, document: &Document) -> Result<(), StoreErr
     Ok(())
 }
 
+mod memories;
 #[cfg(test)]
 mod tests;

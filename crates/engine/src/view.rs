@@ -1,11 +1,12 @@
 //! What readers see of an instance. Published by its driver after every durable change.
 use std::{collections::BTreeMap, net::Ipv4Addr, sync::Arc};
 
+use doze_host::conntrack::policy::Policy;
 use doze_lifecycle::{Record, Stamp, State};
 use doze_vmm::Hypervisor;
 use serde::{Deserialize, Serialize};
 
-/// What the user asked for. Changed only by start overrides (and, later, PATCH).
+/// What the user asked for. Changed only by start overrides and by PATCH.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InstanceSpec {
     /// Normalised image reference, as answers carry it.
@@ -26,6 +27,9 @@ pub struct InstanceSpec {
     pub tags: BTreeMap<String, String>,
     pub network_enabled: bool,
     pub skip_guest_agent: bool,
+    /// `None`: never given one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub auto_standby: Option<Policy>,
 }
 
 /// Network claims of an instance, held from create to delete.

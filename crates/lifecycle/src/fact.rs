@@ -110,8 +110,8 @@ pub enum Fact {
     /// Memory, device state and manifest are durable: from here on the instance sleeps, whatever happens.
     SnapshotCommitted,
     /// A standby gave up before its commit; the guest goes on (stamp: the resume acknowledgement, when it
-    /// had been paused).
-    StandbyAbandoned { reason: String },
+    /// had been paused). Without a reason nothing failed: it was not wanted any more.
+    StandbyAbandoned { reason: Option<String> },
     /// A restore's VMM acknowledged that the CPUs run. The snapshot was consumed just before. `agent`
     /// says whether the guest has one whose answer makes it Running.
     Resumed { process: ProcessRef, agent: bool },

@@ -265,7 +265,9 @@ impl Record {
                 next.snapshot = true;
                 next.failure = None;
             }
-            Fact::StandbyAbandoned { reason } => next.abandon_standby(reason, at, cause),
+            Fact::StandbyAbandoned { reason } => {
+                next.abandon_standby(reason.as_deref(), at, cause);
+            }
             Fact::Resumed { process, agent } => next.wake(process, *agent, at, cause),
             Fact::AgentAnswered => {
                 next.boot.proof = Proof::Given(at.clone());
@@ -462,10 +464,10 @@ impl Record {
         self.enter(State::Stopped, at, cause);
     }
 
-    fn abandon_standby(&mut self, reason: &str, at: &Stamp, cause: Cause) {
+    fn abandon_standby(&mut self, reason: Option<&str>, at: &Stamp, cause: Cause) {
         self.operation = None;
         self.snapshot = false;
-        self.failure = Some(reason.to_owned());
+        self.failure = reason.map(str::to_owned);
         self.go_on(at, cause);
     }
 

@@ -47,7 +47,9 @@ fn facts() -> Vec<Fact> {
         Fact::OperationFailed { reason: "r".into() },
         Fact::CpusPaused,
         Fact::SnapshotCommitted,
-        Fact::StandbyAbandoned { reason: "r".into() },
+        Fact::StandbyAbandoned {
+            reason: Some("r".into()),
+        },
         Fact::Resumed {
             process: process.clone(),
             agent: false,

@@ -80,7 +80,7 @@ fn facts() -> impl Strategy<Value = Fact> {
         Just(Fact::CpusPaused),
         Just(Fact::SnapshotCommitted),
         Just(Fact::StandbyAbandoned {
-            reason: "no".into()
+            reason: Some("no".into())
         }),
         any::<bool>().prop_map(|agent| Fact::Resumed {
             process: process(),
@@ -524,6 +524,17 @@ fn a_reboot_in_a_sleep_bills_nothing_twice() {
 }
 
 #[test]
+fn a_standby_that_was_not_wanted_any_more_is_no_failure() {
+    let mut facts = running_at(100);
+    facts.push((Fact::Admitted(Operation::Standby), 1_000));
+    facts.push((Fact::CpusPaused, 1_100));
+    facts.push((Fact::StandbyAbandoned { reason: None }, 1_300));
+    let record = after(&facts);
+    assert_eq!((record.state(), record.operation()), (State::Running, None));
+    assert_eq!(record.failure(), None);
+}
+
+#[test]
 fn an_abandoned_standby_leaves_the_guest_as_it_was_with_the_reason() {
     let abandon = |extra: &[(Fact, u64)]| {
         let mut facts = running_at(100);
@@ -531,7 +542,7 @@ fn an_abandoned_standby_leaves_the_guest_as_it_was_with_the_reason() {
         facts.extend_from_slice(extra);
         facts.push((
             Fact::StandbyAbandoned {
-                reason: "disk full".into(),
+                reason: Some("disk full".into()),
             },
             1_300,
         ));

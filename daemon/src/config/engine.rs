@@ -1,7 +1,7 @@
 //! The configuration as the engine wants it.
 use std::net::Ipv4Addr;
 
-use doze_engine::{EngineConfig, KillSwitch, Limits, StandbyConfig};
+use doze_engine::{AutoStandbyConfig, EngineConfig, KillSwitch, Limits, StandbyConfig};
 use doze_host::net::NetworkConfig;
 use doze_vmm::{boot::KernelSource, qemu::QemuConfig};
 
@@ -49,6 +49,10 @@ impl Config {
             },
             standby: StandbyConfig {
                 exec_sessions: self.standby.exec_sessions,
+            },
+            auto_standby: AutoStandbyConfig {
+                max_concurrent: self.auto_standby.max_concurrent,
+                reconcile: self.auto_standby.reconcile_interval,
             },
             memory: self.memory.backing,
             // Checked when the configuration was read.

@@ -46,6 +46,7 @@ pub struct Config {
     pub images: Images,
     pub limits: Limits,
     pub standby: Standby,
+    pub auto_standby: AutoStandby,
     pub memory: Memory,
     pub log: Log,
     /// `DOZE_KILL_AT`, for crash tests: where this process is to die. Not a key of the file.
@@ -137,6 +138,15 @@ pub struct Limits {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Standby {
     pub exec_sessions: ExecPolicy,
+}
+
+/// How instances that nobody uses fall asleep by themselves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AutoStandby {
+    /// Such standbys at the same time at most.
+    pub max_concurrent: usize,
+    /// How often the table of connections is read although nothing happened.
+    pub reconcile_interval: Duration,
 }
 
 /// Where guest memory lives.

@@ -11,8 +11,8 @@ use doze_vmm::{Accel, Hypervisor, MemoryBacking};
 use tracing_subscriber::EnvFilter;
 
 use super::{
-    Auth, Config, HypervisorConfig, Images, Kernel, Limits, Log, LogFormat, Memory, Network,
-    Secret, Standby,
+    Auth, AutoStandby, Config, HypervisorConfig, Images, Kernel, Limits, Log, LogFormat, Memory,
+    Network, Secret, Standby,
     reader::Reader,
     value::{Read, Value},
 };
@@ -44,6 +44,14 @@ pub(super) fn read(reader: &mut Reader) -> Config {
             exec_sessions: reader.or("standby.exec_sessions", ExecPolicy::End, |value| {
                 value.choice(&[("end", ExecPolicy::End), ("refuse", ExecPolicy::Refuse)])
             }),
+        },
+        auto_standby: AutoStandby {
+            max_concurrent: reader.or("auto_standby.max_concurrent", 16, Value::count),
+            reconcile_interval: reader.or(
+                "auto_standby.reconcile_interval",
+                Duration::from_secs(300),
+                Value::duration,
+            ),
         },
         memory: Memory {
             backing: reader.or("memory.backing", MemoryBacking::Shared, |value| {

@@ -4,6 +4,7 @@ use doze_engine::{CreateRequest, StartOverrides};
 use doze_vmm::Hypervisor;
 
 use super::{
+    auto_standby,
     fields::{self, Checked},
     unbuilt,
 };
@@ -37,6 +38,14 @@ pub(crate) fn create(request: CreateInstanceRequest) -> Checked<CreateRequest> {
     let tags = request.tags.unwrap_or_default();
     complaints.extend(fields::environment("env", &env));
     complaints.extend(fields::tags(&tags));
+    let auto_standby = match request.auto_standby.as_ref().map(auto_standby::policy) {
+        None => None,
+        Some(Ok(policy)) => Some(policy),
+        Some(Err(found)) => {
+            complaints.extend(found);
+            None
+        }
+    };
     if let Some(error) = ApiError::all(complaints) {
         return Err(error);
     }
@@ -54,6 +63,7 @@ pub(crate) fn create(request: CreateInstanceRequest) -> Checked<CreateRequest> {
         tags,
         network_enabled: request.network.and_then(|network| network.enabled),
         skip_guest_agent: request.skip_guest_agent.unwrap_or(false),
+        auto_standby,
     })
 }
 

@@ -59,6 +59,7 @@ pub(crate) fn instance(view: &InstanceView, now: &Stamp) -> Instance {
         env: spec.env.clone(),
         tags: spec.tags.clone(),
         volumes: Vec::new(),
+        auto_standby: spec.auto_standby.as_ref().map(super::auto_standby::shown),
     }
 }
 
@@ -192,6 +193,7 @@ mod tests {
                 tags: BTreeMap::new(),
                 network_enabled: true,
                 skip_guest_agent: false,
+                auto_standby: None,
             }),
             network: Some(NetworkClaim {
                 ip: "10.77.0.2".parse().unwrap(),

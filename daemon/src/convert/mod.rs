@@ -1,5 +1,6 @@
 //! Between what travels and what the engine knows. Each conversion is checked, complete, and in
 //! one place; no wire type goes further than here.
+pub(crate) mod auto_standby;
 pub(crate) mod capabilities;
 pub(crate) mod create;
 pub(crate) mod exec;

@@ -154,6 +154,7 @@ mod tests {
                 tags: BTreeMap::new(),
                 network_enabled: false,
                 skip_guest_agent: false,
+                auto_standby: None,
             }),
             network: None,
             record: Arc::new(record),

@@ -1,10 +1,10 @@
 //! Fields of the contract whose effect is not built yet. Each is refused with 501 naming it, unless
 //! it holds the value that means "no effect": a silently ignored policy is worse than an error.
 use doze_api::{
-    CreateInstanceRequest, CreateNetwork, StandbyInstanceRequest,
+    CreateInstanceRequest, CreateNetwork, StandbyInstanceRequest, UpdateInstanceRequest,
     policy::{
-        AutoStandbyPolicy, HealthCheck, HealthCheckType, RestartMode, RestartPolicy,
-        SnapshotCompressionConfig, SnapshotPolicy,
+        HealthCheck, HealthCheckType, RestartMode, RestartPolicy, SnapshotCompressionConfig,
+        SnapshotPolicy,
     },
 };
 
@@ -41,8 +41,10 @@ pub(super) fn check(request: &CreateInstanceRequest) -> Vec<ApiError> {
             .unwrap_or_default()
             .is_empty(),
     ));
-    add(expiry(request));
-    add(request.auto_standby.as_ref().map_or(Ok(()), auto_standby));
+    add(expiry(
+        request.ttl.as_deref(),
+        request.expires_at.as_deref(),
+    ));
     add(request
         .snapshot_policy
         .as_ref()
@@ -56,6 +58,21 @@ pub(super) fn check(request: &CreateInstanceRequest) -> Vec<ApiError> {
         complaints.extend(network_fields(network));
     }
     complaints
+}
+
+/// The same of a request that changes an instance.
+pub(super) fn update(request: &UpdateInstanceRequest) -> Vec<ApiError> {
+    let env = request.env.as_ref();
+    [
+        // It may only change what credentials are bound to, and there are none.
+        empty("env", env.is_none_or(|env| env.is_empty())),
+        expiry(request.ttl.as_deref(), request.expires_at.as_deref()),
+        request.health_check.as_ref().map_or(Ok(()), health_check),
+        (request.restart_policy.as_ref()).map_or(Ok(()), restart_policy),
+    ]
+    .into_iter()
+    .filter_map(Result::err)
+    .collect()
 }
 
 fn not_built(field: &str) -> ApiError {
@@ -92,15 +109,15 @@ fn delay(field: &str, text: Option<&str>) -> Checked<()> {
     )
 }
 
-fn expiry(request: &CreateInstanceRequest) -> Checked<()> {
-    if request.ttl.is_some() && request.expires_at.is_some() {
+fn expiry(ttl: Option<&str>, expires_at: Option<&str>) -> Checked<()> {
+    if ttl.is_some() && expires_at.is_some() {
         return Err(ApiError::invalid(
             "invalid_request",
             "ttl, expires_at: both given; allowed: one of them",
         ));
     }
-    delay("ttl", request.ttl.as_deref())?;
-    match &request.expires_at {
+    delay("ttl", ttl)?;
+    match expires_at {
         None => Ok(()),
         Some(text) => {
             let format = &time::format_description::well_known::Rfc3339;
@@ -115,13 +132,6 @@ fn expiry(request: &CreateInstanceRequest) -> Checked<()> {
             Err(not_built("expires_at"))
         }
     }
-}
-
-fn auto_standby(policy: &AutoStandbyPolicy) -> Checked<()> {
-    if let Some(timeout) = &policy.idle_timeout {
-        fields::duration("auto_standby.idle_timeout", timeout)?;
-    }
-    empty("auto_standby", policy.enabled != Some(true))
 }
 
 fn snapshot_policy(policy: &SnapshotPolicy) -> Checked<()> {
@@ -227,8 +237,7 @@ mod tests {
     fn values_without_effect_pass() {
         for fields in [
             json!({}),
-            json!({"auto_standby": {"enabled": false, "idle_timeout": "5m"}}),
-            json!({"auto_standby": {}, "gpu": {}, "health_check": {}, "restart_policy": {}}),
+            json!({"gpu": {}, "health_check": {}, "restart_policy": {}}),
             json!({"snapshot_policy": {"compression": {"enabled": false}, "standby_compression_delay": "0s"}}),
             json!({"health_check": {"type": "none", "interval": "5s"}}),
             json!({"restart_policy": {"policy": "never", "max_attempts": 3}}),
@@ -244,7 +253,6 @@ mod tests {
     #[test]
     fn values_with_effect_are_refused_by_name() {
         for (field, fields) in [
-            ("auto_standby", json!({"auto_standby": {"enabled": true}})),
             (
                 "credentials",
                 json!({"credentials": {"K": {"source": {"env": "R"}, "inject": []}}}),
@@ -302,7 +310,6 @@ mod tests {
     #[test]
     fn malformed_values_are_wrong_before_they_are_unbuilt() {
         for fields in [
-            json!({"auto_standby": {"enabled": true, "idle_timeout": "5"}}),
             json!({"ttl": "soon"}),
             json!({"ttl": "-1s"}),
             json!({"ttl": "1h", "expires_at": "2030-01-02T15:04:05Z"}),

@@ -136,7 +136,9 @@ impl From<EngineError> for ApiError {
                 ApiError::conflict("name_conflict", message)
             }
             EngineError::InvalidField { code, .. } => ApiError::invalid(code, message),
-            EngineError::InvalidState { .. } => ApiError::conflict("invalid_state", message),
+            EngineError::InvalidState { .. } | EngineError::Asleep { .. } => {
+                ApiError::conflict("invalid_state", message)
+            }
             EngineError::Snapshot { .. } => ApiError::conflict("conflict", message),
             EngineError::ImageInUse { .. } => ApiError::conflict("in_use", message),
             EngineError::Capacity { .. } => ApiError::conflict("insufficient_capacity", message),

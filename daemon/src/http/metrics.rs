@@ -6,7 +6,7 @@ use axum::{
     http::header,
     response::{IntoResponse, Response},
 };
-use doze_engine::MetricsView;
+use doze_engine::{AutoStandbyMetrics, MetricsView};
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeMetric, text},
@@ -28,27 +28,29 @@ pub(super) async fn metrics(
     query: QueryReader,
 ) -> Result<Response, ApiError> {
     query.finish("none")?;
-    let text = render(state.engine().metrics())
+    let engine = state.engine();
+    let text = render(engine.metrics(), engine.auto_standby_metrics())
         .map_err(|error| ApiError::internal(format!("writing the metrics: {error}")))?;
     Ok(([(header::CONTENT_TYPE, CONTENT_TYPE)], text).into_response())
 }
 
-fn render(view: MetricsView) -> Result<String, std::fmt::Error> {
+fn render(view: MetricsView, auto_standby: AutoStandbyMetrics) -> Result<String, std::fmt::Error> {
     let mut registry = Registry::default();
-    registry.register_collector(Box::new(Look(view)));
+    registry.register_collector(Box::new(Look(view, auto_standby)));
     let mut out = String::new();
     text::encode(&mut out, &registry)?;
     Ok(out)
 }
 
 #[derive(Debug)]
-struct Look(MetricsView);
+struct Look(MetricsView, AutoStandbyMetrics);
 
 impl Collector for Look {
     fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), std::fmt::Error> {
         instances(&self.0, &mut encoder)?;
         phase_seconds(&self.0, &mut encoder)?;
-        transitions(&self.0, &mut encoder)
+        transitions(&self.0, &mut encoder)?;
+        super::metrics_auto_standby::encode(&self.1, &mut encoder)
     }
 }
 
@@ -109,18 +111,37 @@ mod tests {
 
     #[test]
     fn the_text_is_what_prometheus_reads() {
-        let text = render(MetricsView {
+        let view = MetricsView {
             instances: BTreeMap::from([(State::Running, 2)]),
             phase_us: BTreeMap::from([(State::Standby, 1_500_000)]),
             changes: BTreeMap::from([((State::Running, State::Paused, Cause::AutoStandby), 3)]),
-        })
-        .unwrap();
+        };
+        let auto_standby = AutoStandbyMetrics {
+            conntrack: Some(doze_host::conntrack::Counters {
+                overflows: 1,
+                last_resync: std::time::Duration::from_millis(250),
+                flows: 7,
+                ..Default::default()
+            }),
+            attempts: BTreeMap::from([("asleep", 4)]),
+            errors: BTreeMap::from([("dump", 2)]),
+            instances: BTreeMap::from([("active", 5)]),
+            connections: 6,
+        };
+        let text = render(view, auto_standby).unwrap();
         for line in [
             "# TYPE doze_instances gauge",
             "doze_instances{state=\"running\"} 2",
             "# TYPE doze_phase_seconds counter",
             "doze_phase_seconds_total{phase=\"standby\"} 1.5",
             "doze_phase_transitions_total{from=\"running\",to=\"paused\",cause=\"auto-standby\"} 3",
+            "doze_auto_standby_attempts_total{status=\"asleep\"} 4",
+            "doze_auto_standby_errors_total{operation=\"dump\"} 2",
+            "doze_auto_standby_instances{status=\"active\"} 5",
+            "doze_auto_standby_connections 6",
+            "doze_conntrack_events_total{result=\"overflow\"} 1",
+            "doze_conntrack_resync_seconds{which=\"last\"} 0.25",
+            "doze_conntrack_flows 7",
             "# EOF",
         ] {
             assert!(text.lines().any(|found| found == line), "{line}\n{text}");

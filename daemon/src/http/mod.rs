@@ -23,6 +23,7 @@ use tower_http::{catch_panic::CatchPanicLayer, trace::TraceLayer};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 mod auth;
+mod auto_standby;
 mod capabilities;
 pub(crate) mod contract;
 pub(crate) mod errors;
@@ -34,6 +35,7 @@ mod import;
 mod instances;
 mod logs;
 mod metrics;
+mod metrics_auto_standby;
 mod openapi;
 mod resources;
 mod schedules;
@@ -110,7 +112,13 @@ fn served() -> OpenApiRouter<AppState> {
         .routes(routes!(health::health))
         .routes(routes!(capabilities::capabilities))
         .routes(routes!(instances::list, instances::create))
-        .routes(routes!(instances::get, instances::delete))
+        .routes(routes!(
+            instances::get,
+            instances::delete,
+            auto_standby::update
+        ))
+        .routes(routes!(auto_standby::status))
+        .routes(routes!(auto_standby::hold))
         .routes(routes!(instances::start))
         .routes(routes!(instances::stop))
         .routes(routes!(instances::standby))

@@ -64,6 +64,11 @@ fn signal(pid: i32, signal: Signal) -> Result<()> {
     }
 }
 
+/// SIGUSR2, which a server takes for the loss of what it hears of connections, when told so.
+pub fn signal_usr2(pid: u32) -> Result<()> {
+    signal(i32::try_from(pid)?, Signal::USR2)
+}
+
 /// A process that stands still (SIGSTOP) until released, at the latest when this is dropped.
 #[derive(Debug)]
 pub struct Held(i32);

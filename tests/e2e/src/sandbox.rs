@@ -45,11 +45,20 @@ impl Sandbox {
     /// A process outside this host that accepts one TCP connection on [`OUTSIDE`]:`port`, and
     /// writes `listening`, then the peer's address to its stdout.
     pub fn outside_listener(&self, port: u16) -> Result<tokio::process::Command> {
+        self.outside_helper("listen", port)
+    }
+
+    /// As [`Sandbox::outside_listener`], but it keeps the connection until its peer closes it.
+    pub fn outside_keeper(&self, port: u16) -> Result<tokio::process::Command> {
+        self.outside_helper("keep", port)
+    }
+
+    fn outside_helper(&self, task: &str, port: u16) -> Result<tokio::process::Command> {
         let mut command = tokio::process::Command::new("ip");
         command
             .args(["netns", "exec", &self.outside()])
             .arg(env::current_exe().context("own executable")?)
-            .env(ENV_HELPER, format!("listen {OUTSIDE}:{port}"))
+            .env(ENV_HELPER, format!("{task} {OUTSIDE}:{port}"))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .kill_on_drop(true);
@@ -302,8 +311,10 @@ fn ip(args: &[&str]) -> Result<()> {
 
 /// The helper roles this executable plays outside the host.
 fn helper(task: &str) -> Result<()> {
-    let Some(address) = task.strip_prefix("listen ") else {
-        bail!("unknown helper task {task:?}")
+    let (keep, address) = match task.split_once(' ') {
+        Some(("listen", address)) => (false, address),
+        Some(("keep", address)) => (true, address),
+        _ => bail!("unknown helper task {task:?}"),
     };
     let listener =
         std::net::TcpListener::bind(address).with_context(|| format!("listen on {address}"))?;
@@ -313,5 +324,8 @@ fn helper(task: &str) -> Result<()> {
     println!("{}", peer.ip());
     io::stdout().flush()?;
     stream.write_all(b"hello from outside\n")?;
+    if keep {
+        io::copy(&mut stream, &mut io::sink())?;
+    }
     Ok(())
 }

@@ -111,6 +111,7 @@ impl ExecSession {
         let inbox = Arc::new(Inbox::default());
         shared.endpoint.open(stream);
         lock(&shared.streams).insert(stream, inbox.clone());
+        shared.recount();
         // From here on dropping it cleans up, wherever the caller stops waiting.
         let mut session = Self {
             input: ExecInput {
@@ -184,6 +185,7 @@ impl Drop for ExecSession {
             inbox,
         } = &self.input;
         lock(&shared.streams).remove(stream);
+        shared.recount();
         if !inbox.push(Item::Failed("the session was dropped".into())) {
             return; // It had ended by itself.
         }

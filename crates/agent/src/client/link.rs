@@ -190,6 +190,7 @@ fn put(shared: &Shared, stream: u32, item: Item) {
         Some(inbox) => {
             if inbox.push(item) {
                 lock(&shared.streams).remove(&stream);
+                shared.recount();
                 shared.endpoint.close(stream);
             }
         }
@@ -229,6 +230,7 @@ pub(super) fn end_all(shared: &Shared) {
 /// The streams of the sessions that this ended.
 fn end_sessions(shared: &Shared, why: &str) -> Vec<u32> {
     let streams = std::mem::take(&mut *lock(&shared.streams));
+    shared.recount();
     for inbox in streams.values() {
         inbox.push(Item::Failed(why.to_owned()));
     }

@@ -372,9 +372,12 @@ async fn closing_with_a_reason_gives_it_to_everybody_and_tells_the_guest_nothing
     let call = restored(&client);
     guest.hears_restored().await;
     assert_eq!(client.open_sessions(), 2);
+    let mut sessions = client.sessions();
+    assert_eq!(*sessions.borrow_and_update(), 2);
 
     client.clone().close_with(WHY).await;
     assert_eq!(client.open_sessions(), 0);
+    assert_eq!(*sessions.wait_for(|open| *open == 0).await.unwrap(), 0);
     let failed = Some(ExecEvent::Failed(WHY.into()));
     assert_eq!(session.next().await, failed);
     assert_eq!(session.next().await, None);

@@ -2,6 +2,7 @@
 //!
 //! One method per endpoint. Nothing is retried: a caller that wants that looks at
 //! [`ClientError::status`]. Connections go straight to the server, never through a proxy.
+mod auto_standby;
 mod error;
 mod exec;
 mod images;

@@ -10,6 +10,7 @@ pub mod rollback;
 pub mod standby;
 pub mod start;
 pub mod stop;
+pub mod update;
 
 use std::time::Instant;
 

@@ -20,6 +20,7 @@ use doze_vmm::{MachineDescription, MachineStatus, SavedFile};
 use super::{Cancel, Laps, check};
 use crate::{
     EngineError, ExecPolicy,
+    auto_standby::Attempt,
     context::{blocking, io_error},
     instance::{Instance, SNAPSHOT, vmm_error},
     kill::KillPoint,
@@ -30,7 +31,15 @@ use crate::{
 pub const ROOM: u64 = 16 << 20;
 
 /// From Initializing or Running to Standby. On error the guest goes on, unless its machine died.
-pub async fn run(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineError> {
+/// `auto`: nobody asked for it, and it is over as soon as somebody uses the instance.
+pub async fn run(
+    instance: &mut Instance,
+    cancel: &Cancel,
+    auto: Option<&Attempt>,
+) -> Result<(), EngineError> {
+    if let Some(attempt) = auto {
+        attempt.first_look(instance).await?;
+    }
     check_sessions(instance)?;
     let _room = instance
         .ctx
@@ -41,7 +50,7 @@ pub async fn run(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineE
     instance.commit(Fact::Admitted(Operation::Standby)).await?;
     instance.reach(KillPoint::StandbyAdmitted);
     let mut laps = Laps::start("standby");
-    match make_snapshot(instance, cancel, &mut laps).await {
+    match make_snapshot(instance, cancel, auto, &mut laps).await {
         Ok(()) => {
             finish(instance).await?;
             laps.lap("asleep");
@@ -57,7 +66,10 @@ pub async fn run(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineE
                 return complete(instance, status).await;
             }
             instance.note(&format!("standby given up: {error}"));
-            if let Err(undoing) = undo(instance, &error.to_string()).await {
+            // Somebody who came in time is no failure.
+            let welcome = auto.is_some() && matches!(error, EngineError::Interrupted { .. });
+            let reason = (!welcome).then(|| error.to_string());
+            if let Err(undoing) = undo(instance, reason.as_deref()).await {
                 // Looked at again before the next command and by the regular check.
                 instance.note(&format!("undoing the standby failed: {undoing}"));
             }
@@ -89,6 +101,7 @@ fn check_sessions(instance: &Instance) -> Result<(), EngineError> {
 async fn make_snapshot(
     instance: &mut Instance,
     cancel: &Cancel,
+    auto: Option<&Attempt>,
     laps: &mut Laps,
 ) -> Result<(), EngineError> {
     let (Some(live), Some(description)) = (&instance.live, instance.description.clone()) else {
@@ -122,7 +135,7 @@ async fn make_snapshot(
     recorded?;
     let saved = saved.map_err(vmm_error)?;
     instance.reach(KillPoint::StandbySaved);
-    still_wanted(instance, cancel)?;
+    still_wanted(instance, cancel, auto).await?;
 
     let manifest = describe(version, &description, saved);
     seal(&place, &description, manifest, cancel).await?;
@@ -132,6 +145,13 @@ async fn make_snapshot(
     mark(&place).await?;
     laps.lap("durable");
     instance.reach(KillPoint::StandbyMarked);
+    if let Some(attempt) = auto
+        && let Err(somebody) = attempt.last_look(instance).await
+    {
+        // Nobody was told yet.
+        unmark(&place).await?;
+        return Err(somebody);
+    }
     if let Err(error) = instance.commit(Fact::SnapshotCommitted).await {
         // Nobody was told, and the guest has not run since: it goes on, but not with the mark there.
         unmark(&place).await?;
@@ -143,7 +163,14 @@ async fn make_snapshot(
 
 /// Between pause and commit: the place to look a second time whether the guest may sleep. A
 /// paused guest simply goes on when it may not.
-fn still_wanted(instance: &Instance, cancel: &Cancel) -> Result<(), EngineError> {
+async fn still_wanted(
+    instance: &Instance,
+    cancel: &Cancel,
+    auto: Option<&Attempt>,
+) -> Result<(), EngineError> {
+    if let Some(attempt) = auto {
+        attempt.look(instance).await?;
+    }
     check_sessions(instance)?;
     check(cancel)
 }
@@ -157,8 +184,9 @@ pub async fn finish(instance: &mut Instance) -> Result<(), EngineError> {
     Ok(())
 }
 
-/// Takes back what was done, as long as there is no mark. The guest goes on where it stood.
-pub async fn undo(instance: &mut Instance, reason: &str) -> Result<(), EngineError> {
+/// Takes back what was done, as long as there is no mark. The guest goes on where it stood; `reason` is shown
+/// as its failure.
+pub async fn undo(instance: &mut Instance, reason: Option<&str>) -> Result<(), EngineError> {
     let place = instance.dir().join(SNAPSHOT);
     let stage = manifest::stage_of(&place);
     // Whoever finds the mark finishes the standby, so a guest never runs beside it.
@@ -178,7 +206,7 @@ pub async fn undo(instance: &mut Instance, reason: &str) -> Result<(), EngineErr
     };
     instance.reach(KillPoint::StandbyResumed);
     if instance.record.operation() == Some(Operation::Standby) {
-        let reason = format!("the last standby was given up: {reason}");
+        let reason = reason.map(|reason| format!("the last standby was given up: {reason}"));
         let fact = Fact::StandbyAbandoned { reason };
         instance.commit_at(fact, &resumed_at).await?;
     }

@@ -214,6 +214,7 @@ impl Engine {
                 spec: InstanceSpec {
                     hypervisor: revival.hypervisor.unwrap_or(stored.spec.hypervisor),
                     tags: view.spec.tags.clone(),
+                    auto_standby: view.spec.auto_standby.clone(),
                     ..stored.spec.clone()
                 },
                 memory_of: memory.then(|| Box::new(stored.record.clone())),

@@ -6,7 +6,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 use super::{Job, Schedule, Snapshot, Store, StoreError};
 
 /// Neither refers to the instance it was taken of: both outlive it.
-pub const SCHEMA_2: &str = "
+pub const SCHEMA: &str = "
 CREATE TABLE snapshots (
   id            TEXT PRIMARY KEY,
   source_id     TEXT NOT NULL,

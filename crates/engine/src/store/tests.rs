@@ -27,6 +27,7 @@ fn stored(id: &str, name: &str) -> StoredInstance {
         tags: BTreeMap::new(),
         network_enabled: true,
         skip_guest_agent: false,
+        auto_standby: None,
     };
     StoredInstance {
         id: id.into(),
@@ -178,7 +179,10 @@ fn a_store_of_a_newer_program_is_refused_with_both_versions() {
         .pragma_update(None, "user_version", 99)
         .unwrap();
     let error = Store::open(&path).err().unwrap().to_string();
-    assert!(error.contains("99") && error.contains('2'), "{error}");
+    assert!(
+        error.contains("99") && error.contains("program's 3"),
+        "{error}"
+    );
 }
 
 /// As the first version wrote it, a guest running.
@@ -296,4 +300,29 @@ async fn snapshots_and_schedules_outlive_their_instance() {
     let (_store, contents) = Store::open(&path).unwrap();
     assert_eq!(contents.snapshots, [one]);
     assert!(contents.schedules.is_empty());
+}
+
+/// A table more, and everything that was there is there still.
+#[tokio::test]
+async fn a_file_of_the_first_schema_gets_room_for_what_is_remembered() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("doze.db");
+    let old = Connection::open(&path).unwrap();
+    old.execute_batch(SCHEMA_1).unwrap();
+    old.pragma_update(None, "user_version", 1).unwrap();
+    insert(&old, &stored("i1", "one"), None).unwrap();
+    drop(old);
+    let (store, Contents { instances: all, .. }) = Store::open(&path).unwrap();
+    assert_eq!(all.len(), 1);
+    assert!(store.memories().await.unwrap().is_empty());
+    store.remember("i1", "first".into()).await.unwrap();
+    store.remember("i1", "second".into()).await.unwrap();
+    let missing = store.remember("i2", "of nobody".into()).await;
+    assert!(matches!(missing, Err(StoreError::Missing(id)) if id == "i2"));
+    drop(store);
+    let (store, _) = Store::open(&path).unwrap();
+    let kept = vec![("i1".to_owned(), "second".to_owned())];
+    assert_eq!(store.memories().await.unwrap(), kept);
+    store.remove("i1").await.unwrap();
+    assert!(store.memories().await.unwrap().is_empty());
 }

@@ -7,7 +7,8 @@ use std::{
 };
 
 use doze_engine::{
-    CreateRequest, Engine, EngineConfig, InstanceView, Limits, Monitors, StandbyConfig,
+    AutoStandbyConfig, CreateRequest, Engine, EngineConfig, InstanceView, Limits, Monitors,
+    StandbyConfig,
 };
 use doze_image::ImageStore;
 use doze_lifecycle::State;
@@ -224,6 +225,10 @@ impl Lab {
                 max_concurrent_restores: 2,
             },
             standby: StandbyConfig::default(),
+            auto_standby: AutoStandbyConfig {
+                max_concurrent: 2,
+                reconcile: PATIENCE,
+            },
             memory: MemoryBacking::Shared,
             kill: self.world.kill_switch(),
         }

@@ -1,5 +1,5 @@
 //! Dumps of the kernel's table, and the stream of its changes.
-use std::{fs, io, time::Duration};
+use std::{fs, io, net::Ipv4Addr, time::Duration};
 
 use super::{
     ConntrackError,
@@ -120,9 +120,22 @@ impl Observer {
     /// # Errors
     /// What opening the socket and asking can meet.
     pub fn start_dump(&self, family: Family) -> Result<Dump, ConntrackError> {
-        let socket = Socket::open(0, None)?;
         let request = wire::request(wire::CT_GET, wire::NLM_F_DUMP, SEQUENCE, Some(family));
-        socket.send(&request, "asking for the table of connections")?;
+        self.ask_for_dump(family, &request)
+    }
+
+    /// As [`Observer::start_dump`], of the flows to this address. A kernel before 5.8 sends all of them.
+    ///
+    /// # Errors
+    /// What opening the socket and asking can meet.
+    pub fn start_dump_to(&self, destination: Ipv4Addr) -> Result<Dump, ConntrackError> {
+        let request = wire::request_to(SEQUENCE, destination);
+        self.ask_for_dump(Family::Ipv4, &request)
+    }
+
+    fn ask_for_dump(&self, family: Family, request: &[u8]) -> Result<Dump, ConntrackError> {
+        let socket = Socket::open(0, None)?;
+        socket.send(request, "asking for the table of connections")?;
         Ok(Dump {
             socket,
             family,
@@ -439,9 +452,12 @@ impl Events {
         }
     }
 
-    /// Closes the socket as if receiving from it had failed: no test can make the kernel do that.
+    /// Closes the socket as if receiving from it had failed, which no test can make the kernel do; it is
+    /// opened again after `retry`.
     #[doc(hidden)]
-    pub fn cut(&mut self) -> Event {
-        self.disconnect(ReceiveError::Errno(rustix::io::Errno::CONNRESET))
+    pub fn cut(&mut self, retry: Duration) -> Event {
+        let event = self.disconnect(ReceiveError::Errno(rustix::io::Errno::CONNRESET));
+        self.link = Link::Down { retry };
+        event
     }
 }

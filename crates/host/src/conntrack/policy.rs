@@ -155,7 +155,8 @@ pub struct PolicyInput {
 
 /// A valid policy in its one form: networks and ports sorted, each once. Disabled, it says nothing
 /// else.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Policy {
     #[default]
     Disabled,
@@ -163,7 +164,7 @@ pub enum Policy {
 }
 
 /// What an enabled policy says.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EnabledPolicy {
     /// More than 0.
     pub idle_timeout: Duration,

@@ -119,7 +119,7 @@ fn lock(shared: &Shared) -> MutexGuard<'_, State> {
 
 enum Command {
     Resync(oneshot::Sender<Result<(), ConntrackError>>),
-    Cut,
+    Cut(Duration),
 }
 
 /// The flows of this network namespace, kept true by a task of its own. Dropping it ends the task.
@@ -236,11 +236,11 @@ impl Tracker {
         }
     }
 
-    /// Loses the subscription as if its socket had failed, for tests of what depends on it.
+    /// Loses the subscription as if its socket had failed, for `retry`, for tests of what depends on it.
     #[doc(hidden)]
-    pub fn cut(&self) {
+    pub fn cut(&self, retry: Duration) {
         // A task that has ended has no subscription to lose.
-        drop(self.commands.send(Command::Cut));
+        drop(self.commands.send(Command::Cut(retry)));
     }
 
     /// Ends the task and waits for it.
@@ -391,8 +391,8 @@ impl Keeper {
                     self.resync = Resync::Due;
                 }
             }
-            Command::Cut => {
-                let event = self.events.cut();
+            Command::Cut(retry) => {
+                let event = self.events.cut(retry);
                 self.apply(&mut vec![event]);
             }
         }

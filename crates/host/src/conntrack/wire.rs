@@ -42,6 +42,14 @@ const CTA_PROTOINFO: u16 = 4;
 const CTA_TIMEOUT: u16 = 7;
 const CTA_ID: u16 = 12;
 const CTA_ZONE: u16 = 18;
+const CTA_FILTER: u16 = 25;
+const CTA_FILTER_ORIG_FLAGS: u16 = 1;
+const CTA_FILTER_REPLY_FLAGS: u16 = 2;
+/// net/netfilter/nf_internals.h; the flags alone are in host order.
+const CTA_FILTER_F_CTA_IP_DST: u32 = 1 << 1;
+const CTA_IP_V4_DST: u16 = 2;
+/// `NLA_F_NESTED`.
+const NESTED: u16 = 1 << 15;
 const CTA_TUPLE_IP: u16 = 1;
 const CTA_TUPLE_PROTO: u16 = 2;
 const CTA_TUPLE_ZONE: u16 = 3;
@@ -382,6 +390,34 @@ pub(super) fn request(
         Some(Family::Ipv6) => AF_INET6,
     };
     bytes
+}
+
+/// A request for the flows whose original destination is this address. The kernel leaves the others out from 5.8
+/// on; an older one does not know the filter and sends all.
+pub(super) fn request_to(sequence: u32, destination: Ipv4Addr) -> Vec<u8> {
+    // Nested attributes, each with its header: the tuple's address, and which part of the tuple to compare.
+    let address = attribute(CTA_IP_V4_DST, &destination.octets());
+    let tuple = attribute(
+        CTA_TUPLE_ORIG | NESTED,
+        &attribute(CTA_TUPLE_IP | NESTED, &address),
+    );
+    let compared = attribute(
+        CTA_FILTER_ORIG_FLAGS,
+        &CTA_FILTER_F_CTA_IP_DST.to_ne_bytes(),
+    );
+    let nothing = attribute(CTA_FILTER_REPLY_FLAGS, &0u32.to_ne_bytes());
+    let filter = attribute(CTA_FILTER | NESTED, &[compared, nothing].concat());
+    let head = request(CT_GET, NLM_F_DUMP, sequence, Some(Family::Ipv4));
+    let mut bytes = [&head[..], &tuple, &filter].concat();
+    let length = bytes.len() as u32;
+    bytes[..4].copy_from_slice(&length.to_ne_bytes());
+    bytes
+}
+
+/// All that are made here are a few bytes long, and multiples of 4.
+fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+    let length = (ATTRIBUTE + value.len()) as u16;
+    [&length.to_ne_bytes(), &kind.to_ne_bytes(), value].concat()
 }
 
 #[cfg(test)]

@@ -181,6 +181,15 @@ impl Network {
         &self.config
     }
 
+    /// Whether our rules are there. With them the kernel tracks connections; somebody may have flushed them.
+    ///
+    /// # Errors
+    /// That they are not, or that nft cannot tell.
+    pub async fn check_rules(&self) -> Result<(), NetError> {
+        self.apply("looking for our rules", &ruleset::look(&self.base))
+            .await
+    }
+
     /// Creates the TAP on the bridge (port isolated, anti-spoofing for its MAC and IP), idempotently.
     ///
     /// Calls for different TAPs may run at the same time. For a TAP that exists, also while a VMM

@@ -73,6 +73,11 @@ add rule bridge {t} prerouting iifname vmap @ports
     )
 }
 
+/// Fails when the chain that makes the kernel track connections is not there; changes nothing.
+pub(super) fn look(base: &Base) -> String {
+    format!("list chain inet {} forward\n", base.table)
+}
+
 /// A guest may send IPv4 from its own MAC and IP, and ARP that says the same; nothing else.
 ///
 /// IPv6 is not handed out, so it is among the rest. Given again with another MAC or IP the new ones apply.

@@ -251,3 +251,36 @@ fn without_the_privilege_it_says_so() {
         "{text}"
     );
 }
+
+#[test]
+fn a_dump_to_one_address_has_its_flows_and_no_others() {
+    inside(
+        "events::a_dump_to_one_address_has_its_flows_and_no_others",
+        async || {
+            track();
+            let injector = Injector::new();
+            injector.create((0..500).map(made_up), 3);
+            let other = Ipv4Addr::new(10, 77, 0, 200);
+            let client = Ipv4Addr::new(198, 18, 0, 1);
+            injector.create(
+                (1..=3).map(|port| Connection::tcp(client, port, other, 80)),
+                7,
+            );
+            // One that it opened itself, to the other one.
+            injector.create([Connection::tcp(other, 40_000, GUEST, 80)], 3);
+            let observer = observer().await;
+            let mut dump = observer.start_dump_to(other).unwrap();
+            let mut flows = vec![];
+            while dump.next(&mut flows).await.unwrap() {}
+            let ports: BTreeSet<_> = flows.iter().map(|flow| flow.original.source_port).collect();
+            assert_eq!(ports, BTreeSet::from([1, 2, 3]), "{} flows", flows.len());
+            let all = observer.dump(Family::Ipv4).await.unwrap();
+            assert_eq!(all.len(), 504);
+            let wanted: Vec<_> = all
+                .into_iter()
+                .filter(|flow| flow.original.destination == other)
+                .collect();
+            assert_eq!(facts(&flows), facts(&wanted));
+        },
+    );
+}

@@ -147,7 +147,7 @@ fn losing_the_socket_is_owned_up_to_and_mended() {
             agrees(&observer, &tracker, &mut watch).await;
             let mut health = tracker.watch_health();
             watch.borrow_and_update();
-            tracker.cut();
+            tracker.cut(Duration::from_millis(100));
             let down =
                 |health: &Result<(), NotInSync>| matches!(health, Err(NotInSync::Disconnected(_)));
             patient("the loss", health.wait_for(down)).await.unwrap();

@@ -447,7 +447,6 @@ async fn fields_not_built_yet(world: &World) -> Result<()> {
             ("devices", json!({"devices": ["gpu0"]})),
             ("gpu", json!({"gpu": {"profile": "L40S-1Q"}})),
             ("volumes", json!({"volumes": [{"volume_id": "v", "mount_path": "/v"}]})),
-            ("auto_standby", json!({"auto_standby": {"enabled": true, "idle_timeout": "5m"}})),
             ("health_check", json!({"health_check": {"type": "exec", "exec": {"command": ["true"]}}})),
             ("restart_policy", json!({"restart_policy": {"policy": "always"}})),
             ("snapshot_policy", json!({"snapshot_policy": {"compression": {"enabled": true, "algorithm": "zstd"}}})),
@@ -501,12 +500,9 @@ async fn endpoints_not_built_yet(world: &World) -> Result<()> {
             (Method::GET, "/builders".to_owned()),
             (Method::GET, "/pushes".to_owned()),
             (Method::POST, "/resources/memory/reclaim".to_owned()),
-            (Method::PATCH, on_instance("")),
             (Method::GET, on_instance("/stats")),
             (Method::GET, on_instance("/stat?path=/")),
             (Method::GET, on_instance("/cp")),
-            (Method::GET, on_instance("/auto-standby/status")),
-            (Method::POST, on_instance("/auto-standby/hold")),
             (Method::POST, on_instance("/volumes/v")),
         ] {
             let reply = if method == Method::GET {

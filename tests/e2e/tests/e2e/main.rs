@@ -12,6 +12,7 @@ use doze_e2e::{
     world::WorldOptions,
 };
 
+mod auto_standby;
 mod bad_input;
 mod billing;
 mod cli;
@@ -66,6 +67,7 @@ fn groups(points: &[String]) -> Result<Vec<Group>> {
     groups.extend(standby_disk::groups(&sample));
     groups.extend(standby_faults::groups(&sample));
     groups.extend(copies::groups());
+    groups.extend(auto_standby::groups(&sample));
     for hypervisor in ["qemu", "qemu-microvm"] {
         groups.push(on(hypervisor, "", shared_cases()));
         groups.push(on(hypervisor, "-restart", restart::cases()));
