@@ -1,6 +1,8 @@
 //! Dumps of the kernel's table, and the stream of its changes.
 use std::{fs, io, net::Ipv4Addr, time::Duration};
 
+use tokio::time::Instant;
+
 use super::{
     ConntrackError,
     classify::TcpTimeouts,
@@ -306,7 +308,18 @@ pub struct Events {
 #[derive(Debug)]
 enum Link {
     Up(Socket),
-    Down { retry: Duration },
+    /// A moment and no duration: waiting for it may be cancelled and begun again as often as one likes.
+    Down {
+        at: Instant,
+        retry: Duration,
+    },
+}
+
+impl Link {
+    fn down(retry: Duration) -> Link {
+        let at = Instant::now() + retry;
+        Link::Down { at, retry }
+    }
 }
 
 impl Events {
@@ -352,8 +365,8 @@ impl Events {
         let full = events.len() + most;
         let mut received = match &self.link {
             Link::Up(socket) => socket.receive(&mut self.buffer).await,
-            Link::Down { retry } => {
-                tokio::time::sleep(*retry).await;
+            Link::Down { at, .. } => {
+                tokio::time::sleep_until(*at).await;
                 events.extend(self.reconnect());
                 return;
             }
@@ -430,23 +443,24 @@ impl Events {
             ReceiveError::Malformed(malformed) => Event::Lost(Lost::Malformed(malformed)),
             ReceiveError::Errno(_) => {
                 let error = error.during("receiving events of connection tracking");
-                self.link = Link::Down { retry: FIRST_RETRY };
+                self.link = Link::down(FIRST_RETRY);
                 Event::Lost(Lost::Disconnected(error))
             }
         }
     }
 
     fn reconnect(&mut self) -> Option<Event> {
-        let Link::Down { retry } = &mut self.link else {
+        let Link::Down { retry, .. } = &self.link else {
             return None;
         };
+        let next = (*retry * 2).min(LAST_RETRY);
         match self.observer.subscribe() {
             Ok(socket) => {
                 self.link = Link::Up(socket);
                 Some(Event::Lost(Lost::Reconnected))
             }
             Err(error) => {
-                *retry = (*retry * 2).min(LAST_RETRY);
+                self.link = Link::down(next);
                 Some(Event::Lost(Lost::Disconnected(error)))
             }
         }
@@ -457,7 +471,7 @@ impl Events {
     #[doc(hidden)]
     pub fn cut(&mut self, retry: Duration) -> Event {
         let event = self.disconnect(ReceiveError::Errno(rustix::io::Errno::CONNRESET));
-        self.link = Link::Down { retry };
+        self.link = Link::down(retry);
         event
     }
 }

@@ -172,6 +172,33 @@ fn losing_the_socket_is_owned_up_to_and_mended() {
     );
 }
 
+/// Whoever asks again and again meanwhile does not put the next attempt off.
+#[test]
+fn asking_does_not_keep_it_from_subscribing_again() {
+    inside(
+        "tracker::asking_does_not_keep_it_from_subscribing_again",
+        async || {
+            track();
+            let (_, tracker) = tracker(1 << 20).await;
+            let mut health = tracker.watch_health();
+            tracker.cut(Duration::from_millis(500));
+            let down = |h: &Result<(), NotInSync>| matches!(h, Err(NotInSync::Disconnected(_)));
+            patient("the loss", health.wait_for(down)).await.unwrap();
+            let asking = async {
+                let mut pause = tokio::time::interval(Duration::from_millis(50));
+                loop {
+                    pause.tick().await;
+                    if tracker.resync().await.is_ok() {
+                        return;
+                    }
+                }
+            };
+            patient("the reconnect", asking).await;
+            assert_eq!(tracker.health(), Ok(()));
+        },
+    );
+}
+
 #[test]
 fn more_flows_than_allowed_are_no_truth() {
     inside(
