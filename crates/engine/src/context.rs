@@ -43,6 +43,8 @@ pub struct Context {
     /// Whether files of `data_dir` can share blocks.
     pub reflinks: bool,
     pub snapshots: Catalog,
+    /// When the disk was measured last, and what was found.
+    pub measured: tokio::sync::Mutex<Option<(std::time::Instant, crate::DiskUsage)>>,
 }
 
 /// What was found in the data folder and on the host.
@@ -84,6 +86,7 @@ impl Context {
             total_memory,
             reflinks,
             snapshots: Catalog::new(snapshots),
+            measured: tokio::sync::Mutex::default(),
         }
     }
 

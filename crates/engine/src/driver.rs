@@ -10,7 +10,7 @@
 use std::{collections::VecDeque, future::Future, pin::Pin, sync::Arc};
 
 use doze_host::conntrack::policy::Policy;
-use doze_lifecycle::{Admission, Cause, Command, Operation, admission::admit};
+use doze_lifecycle::{Admission, Cause, Command, Fact, Operation, admission::admit};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
@@ -269,6 +269,15 @@ async fn settle(instance: &mut Instance, message: &Message) -> Result<bool, Engi
         instance.note(&format!("its machine is out of reach: {error}; killing it"));
         instance.kill_machine().await?;
         outcome = recovery::run(instance).await;
+    }
+    if outcome.is_err()
+        && matches!(command, Command::Delete { .. })
+        && instance.record.operation() == Some(Operation::Rollback)
+    {
+        // What it would have become nobody wants any more.
+        let reason = "it is being deleted".to_owned();
+        instance.commit(Fact::OperationFailed { reason }).await?;
+        return Ok(true);
     }
     match (outcome, command) {
         (Ok(present), _) => Ok(present),

@@ -407,7 +407,8 @@ impl Engine {
                     let reason = "the instance was created with skip_guest_agent".to_owned();
                     return Err(AgentError::Refused(reason).into());
                 }
-                Admission::Run if record.agent_ready() => {
+                // A restored guest first hears who and when it is.
+                Admission::Run if record.agent_ready() && !record.awaits_answer() => {
                     if let Some(agent) = now.agent {
                         let until = deadline.max(tokio::time::Instant::now() + CONNECT_PATIENCE);
                         tokio::select! {

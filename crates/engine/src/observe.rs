@@ -155,13 +155,20 @@ pub fn markers(instance: &Instance) -> Vec<(Fact, Stamp)> {
 /// Books a restored guest's answer once it is there.
 pub async fn book_answer(instance: &mut Instance) -> Result<(), EngineError> {
     let answer = match instance.live.as_mut().and_then(|live| live.proof.as_mut()) {
-        Some(proof) if instance.record.awaits_answer() => proof.answer.borrow_and_update().clone(),
+        Some(proof) if instance.record.awaits_answer() => {
+            let answer = proof.answer.borrow_and_update().clone();
+            // Said once, however often it is looked at.
+            let noted = answer.as_ref().and_then(|a| a.problem.clone());
+            let news = proof.noted != noted;
+            proof.noted = noted;
+            answer.map(|answer| (answer, news))
+        }
         Some(_) | None => None,
     };
-    let Some(answer) = answer else {
+    let Some((answer, news)) = answer else {
         return Ok(());
     };
-    if let Some(problem) = &answer.problem {
+    if let Some(problem) = answer.problem.as_ref().filter(|_| news) {
         instance.note(&format!("restored, but {problem}"));
     }
     if instance.inherited {

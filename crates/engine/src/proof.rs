@@ -11,6 +11,8 @@ use tokio_util::task::AbortOnDropHandle;
 
 /// One question waits this long for its answer.
 const ATTEMPT: Duration = Duration::from_secs(5);
+/// Before a guest that did not take its identity is told again.
+const AGAIN: Duration = Duration::from_secs(5);
 /// Between attempts that failed at once.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -27,6 +29,8 @@ pub struct Answer {
 /// A question that is being asked. Dropping it stops asking.
 pub struct Proof {
     pub answer: watch::Receiver<Option<Answer>>,
+    /// The problem that its log has.
+    pub noted: Option<String>,
     _asking: AbortOnDropHandle<()>,
 }
 
@@ -34,7 +38,7 @@ impl Proof {
     /// Must be called after the CPUs were let run, or the answer would prove nothing.
     /// With `identity` the guest is a copy of another one and is told who it is.
     pub fn ask(agent: AgentClient, instance: String, identity: Option<Identity>) -> Proof {
-        let (sender, answer) = watch::channel(None);
+        let (sender, answer) = watch::channel::<Option<Answer>>(None);
         let asking = tokio::spawn(async move {
             loop {
                 let asked = match &identity {
@@ -43,12 +47,26 @@ impl Proof {
                 };
                 match asked {
                     Ok(told) => {
-                        sender.send_replace(Some(Answer {
+                        let done = identity.is_none() || told.identity_applied;
+                        let answer = Answer {
                             at: told.at,
                             problem: told.problem,
                             identity_applied: told.identity_applied,
-                        }));
-                        return;
+                        };
+                        // The same complaint is no news.
+                        sender.send_if_modified(|last| {
+                            let news = last.as_ref().is_none_or(|last| {
+                                last.problem != answer.problem
+                                    || last.identity_applied != answer.identity_applied
+                            });
+                            *last = Some(answer);
+                            news
+                        });
+                        if done {
+                            return;
+                        }
+                        // Whatever it lacks, a full disk perhaps, may be mended.
+                        tokio::time::sleep(AGAIN).await;
                     }
                     Err(error) => {
                         tracing::warn!(%instance, %error, "a restored guest has not answered yet");
@@ -59,6 +77,7 @@ impl Proof {
         });
         Proof {
             answer,
+            noted: None,
             _asking: AbortOnDropHandle::new(asking),
         }
     }

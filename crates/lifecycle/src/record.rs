@@ -514,6 +514,8 @@ impl Record {
         self.failure = None;
         self.snapshot = false;
         self.restores += 1;
+        // A fork's CPUs start for the first time when it wakes.
+        self.started_at_us.get_or_insert(at.wall_us);
         self.boot.proof = if agent {
             Proof::Awaited
         } else {

@@ -218,7 +218,7 @@ impl Inner {
                 let answer = ToHost::RestoredDone {
                     nonce,
                     problem: done.problem,
-                    identity_applied: done.former_hostname.is_some(),
+                    identity_applied: done.is_itself,
                 };
                 self.tell(MAIN_STREAM, &answer);
             }

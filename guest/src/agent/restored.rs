@@ -104,6 +104,8 @@ pub(super) struct Outcome {
     pub(super) problem: Option<String>,
     /// Of a machine that took another identity.
     pub(super) former_hostname: Option<String>,
+    /// It took another identity, and its random numbers are its own.
+    pub(super) is_itself: bool,
 }
 
 /// Does what the host asked.
@@ -132,6 +134,8 @@ pub(super) fn mend(
         Some(Err(e)) => (None, Err(format!("the identity was not taken: {e}"))),
         None => (None, Ok(())),
     };
+    // A name of its own beside the random numbers of another one would not tell them apart.
+    let is_itself = former_hostname.is_some() && mixed.is_ok() && reseeded.is_ok();
     let failed: Vec<_> = [set, mixed, reseeded, taken]
         .into_iter()
         .filter_map(Result::err)
@@ -139,6 +143,7 @@ pub(super) fn mend(
     Outcome {
         problem: (!failed.is_empty()).then(|| failed.join("; ")),
         former_hostname,
+        is_itself,
     }
 }
 
@@ -247,12 +252,17 @@ mod tests {
         let nothing = Outcome {
             problem: None,
             former_hostname: None,
+            is_itself: false,
         };
         assert_eq!(done(None), nothing);
         assert_eq!(*kernel.identity.borrow(), None);
         let outcome = done(Some(&someone()));
         assert_eq!(outcome.former_hostname.as_deref(), Some("former"));
         assert_eq!(*kernel.identity.borrow(), Some((someone(), true)));
+        assert!(outcome.is_itself);
+        // Another one's random numbers are not its own, whatever its name is.
+        let same = super::mend(&kernel, WALL_US, Duration::ZERO, "", Some(&someone()));
+        assert!(same.former_hostname.is_some() && !same.is_itself);
     }
 
     #[test]

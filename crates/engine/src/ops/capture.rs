@@ -232,15 +232,19 @@ pub async fn go_on(instance: &mut Instance) -> Result<(), EngineError> {
 async fn room(instance: &Instance, memory: bool) -> Result<crate::context::DiskRoom, EngineError> {
     let ctx = &instance.ctx;
     let dir = instance.dir();
-    let needed = match ctx.reflinks {
-        true => 0,
-        false => blocking("measuring an instance", move || {
-            copies::bytes_to_copy(&dir, memory)
-        })
-        .await?
-        .map_err(io_error("measuring an instance"))?,
-    };
-    ctx.reserve_disk(&instance.dir(), needed + ROOM)
+    let held = blocking("measuring an instance", move || {
+        copies::bytes_to_copy(&dir, memory)
+    })
+    .await?
+    .map_err(io_error("measuring an instance"))?;
+    let promise = ctx.reserve_disk(&instance.dir(), held + ROOM)?;
+    if !ctx.reflinks {
+        return Ok(promise);
+    }
+    // Shared blocks cost nothing now, but a guest that changes them needs new ones, and a disk that has none
+    // kills its machine: so there must be room for all of them, if only at this moment.
+    drop(promise);
+    ctx.reserve_disk(&instance.dir(), ROOM)
 }
 
 /// A copy that was given up because somebody asked says so.

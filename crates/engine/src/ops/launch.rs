@@ -45,7 +45,7 @@ pub async fn check_host(instance: &Instance) -> Result<(), EngineError> {
     instance
         .ctx
         .reserve_memory(&instance.id, instance.spec.memory_bytes)?;
-    describe(instance).await?;
+    describe(instance, &instance.spec).await?;
     make_tap(instance).await
 }
 
@@ -70,7 +70,7 @@ async fn boot(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineErro
     instance.reach(KillPoint::LaunchTapMade);
     check(cancel)?;
 
-    let description = describe(instance).await?;
+    let description = describe(instance, &instance.spec).await?;
     reset_run_files(instance).await?;
     crate::logs::mark_run(&description.vmm_log, instance.record.boots() + 1)
         .map_err(io_error("writing the VMM log"))?;
@@ -167,8 +167,11 @@ pub async fn remove_memory(instance: &Instance) -> Result<(), EngineError> {
     .await?
 }
 
-async fn describe(instance: &Instance) -> Result<MachineDescription, EngineError> {
-    let spec = &instance.spec;
+/// The machine that an instance of this specification would boot on, or why it cannot here.
+pub async fn describe(
+    instance: &Instance,
+    spec: &InstanceSpec,
+) -> Result<MachineDescription, EngineError> {
     let dir = instance.dir();
     let image = instance.ctx.image_by_digest(&spec.image_digest).await?;
     let boot = instance.ctx.boot_files().await?;

@@ -7,7 +7,10 @@
 //! Consuming the mark just before the guest's first instruction is the commit point: memory and disks
 //! change from there on, and the device state fits neither. At most three store commits: admitted, resumed,
 //! answered.
-use std::{path::Path, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use doze_host::files;
 use doze_lifecycle::{Fact, Operation, Stamp};
@@ -22,7 +25,7 @@ use super::{
 use crate::{
     EngineError,
     context::{blocking, io_error},
-    instance::{Instance, Live, RUN_DIR, SNAPSHOT, process_ref, vmm_error},
+    instance::{Instance, Live, MEMORY, RUN_DIR, SNAPSHOT, process_ref, vmm_error},
     kill::KillPoint,
     life_sign, now,
     proof::Proof,
@@ -108,7 +111,7 @@ async fn wake(
         () = cancel.cancelled() => return check(cancel),
     };
     let place = instance.dir().join(SNAPSHOT);
-    let manifest = verify(instance, &place).await?;
+    let manifest = verify(instance, &place, None).await?;
     let mut description = manifest.machine;
     // Its kernel may have seen this moment before.
     description
@@ -309,10 +312,30 @@ pub async fn undo(instance: &mut Instance, reason: &str) -> Result<(), EngineErr
     instance.commit(Fact::OperationFailed { reason }).await
 }
 
-/// All that a restore relies on, before anything is touched.
+/// Whether what lies in `folder` could be woken here as this instance, without touching anything.
+pub async fn check_loads(
+    instance: &Instance,
+    folder: &Path,
+    inherited: bool,
+) -> Result<(), EngineError> {
+    if inherited && instance.spec.skip_guest_agent && instance.claim.is_some() {
+        return Err(no_agent(instance.record.state()));
+    }
+    let memory = folder.join(MEMORY);
+    let manifest = verify(instance, &folder.join(SNAPSHOT), Some(memory)).await?;
+    let monitor = instance.ctx.monitor(manifest.machine.hypervisor)?;
+    monitor
+        .check_loads(&manifest.machine, &manifest.monitor_version)
+        .await
+        .map_err(vmm_error)
+}
+
+/// All that a restore relies on, before anything is touched. `memory`: where the memory lies now, if not
+/// where the machine looks for it.
 async fn verify(
     instance: &Instance,
     place: &Path,
+    memory: Option<PathBuf>,
 ) -> Result<Manifest<MachineDescription>, EngineError> {
     let place = place.to_owned();
     let id = instance.id.clone();
@@ -327,7 +350,11 @@ async fn verify(
         match manifest.memory.codec {
             MemoryCodec::Raw => {}
         }
-        if let Err(error) = machine.memory.check_size(manifest.memory.size) {
+        let image = doze_vmm::MemoryImage {
+            path: memory.unwrap_or_else(|| machine.memory.path.clone()),
+            backing: machine.memory.backing,
+        };
+        if let Err(error) = image.check_size(manifest.memory.size) {
             return refuse(error.to_string());
         }
         let boot = [

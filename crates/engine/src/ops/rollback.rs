@@ -69,7 +69,17 @@ pub async fn run(instance: &mut Instance, cancel: &Cancel, plan: Plan) -> Result
         return Err(error);
     }
     instance.reach(KillPoint::RollbackAdmitted);
-    if let Err(error) = prepare(instance, cancel, &dir, memory).await {
+    if let Err(error) = prepare(instance, cancel, &dir, memory, target).await {
+        // What was booked for the past is the present's again, or nobody's.
+        match instance.live.is_some() {
+            true => {
+                let bytes = instance.spec.memory_bytes;
+                if let Err(error) = instance.ctx.reserve_memory(&instance.id, bytes) {
+                    instance.note(&format!("its memory is booked no more: {error}"));
+                }
+            }
+            false => instance.ctx.release_memory(&instance.id),
+        }
         instance.note(&format!("rollback failed: {error}"));
         undo(instance, &error.to_string()).await?;
         return Err(error);
@@ -90,6 +100,7 @@ async fn prepare(
     cancel: &Cancel,
     from: &Path,
     memory: bool,
+    target: TargetState,
 ) -> Result<(), EngineError> {
     check(cancel)?;
     let (dir, from, cancelled) = (instance.dir(), from.to_owned(), cancel.clone());
@@ -110,6 +121,7 @@ async fn prepare(
     })
     .await??;
     instance.reach(KillPoint::RollbackStaged);
+    check_host(instance, memory, target).await?;
     // The last moment to change one's mind.
     check(cancel)?;
     let dir = instance.dir();
@@ -122,6 +134,29 @@ async fn prepare(
     Ok(())
 }
 
+/// Everything that would refuse to wake or boot what comes back, asked before anything is given up for it.
+async fn check_host(
+    instance: &mut Instance,
+    memory: bool,
+    target: TargetState,
+) -> Result<(), EngineError> {
+    let Some(pending) = instance.rollback.clone() else {
+        return Ok(());
+    };
+    if memory {
+        let stage = instance.dir().join(STAGE);
+        restore::check_loads(instance, &stage, pending.inherited).await?;
+    }
+    if target == TargetState::Running {
+        let bytes = pending.spec.memory_bytes;
+        instance.ctx.reserve_memory(&instance.id, bytes)?;
+        if !memory {
+            launch::describe(instance, &pending.spec).await?;
+        }
+    }
+    Ok(())
+}
+
 /// From the commit point to the record. Can be repeated, also after a crash.
 async fn finish(instance: &mut Instance) -> Result<(), EngineError> {
     let Some(pending) = instance.rollback.clone() else {
@@ -130,14 +165,23 @@ async fn finish(instance: &mut Instance) -> Result<(), EngineError> {
             reason: "what it is brought back to is not recorded".into(),
         });
     };
+    // Found gone by a server that had not been there: it ran until it was last seen.
+    let gone = match (instance.record.machine(), &instance.live) {
+        (Some(_), None) => Fact::MachineFoundGone {
+            failure: None,
+            last_seen: crate::life_sign::last_seen(instance).await?,
+        },
+        (Some(_), Some(_)) | (None, _) => Fact::MachineGone { failure: None },
+    };
     instance.kill_machine().await?;
     instance.reach(KillPoint::RollbackMachineKilled);
     if instance.record.machine().is_some() {
-        instance.commit(Fact::MachineGone { failure: None }).await?;
+        instance.commit(gone).await?;
     }
     let (dir, memory) = (instance.dir(), pending.memory_of.is_some());
-    if memory {
-        launch::make_sleepers_tap(instance).await?;
+    if memory && let Err(error) = launch::make_sleepers_tap(instance).await {
+        // A wake makes it, and says what is wrong if it cannot.
+        instance.note(&format!("its TAP is not made: {error}"));
     }
     blocking("swapping files", move || swap(&dir, memory)).await??;
     instance.reach(KillPoint::RollbackSwapped);

@@ -43,7 +43,7 @@ impl Engine {
         let engine = self.clone();
         self.to_the_end("fork", async move {
             engine.check_name(&request.name)?;
-            let _gate = engine.shared.image_gate.clone().read_owned().await;
+            engine.check_count()?;
             let source = entry.view();
             if let Some(target) = request.target {
                 check_target(target, source.state() != State::Stopped)?;
@@ -89,8 +89,8 @@ impl Engine {
         let engine = self.clone();
         self.to_the_end("fork", async move {
             engine.check_name(&name)?;
-            let _image = engine.shared.image_gate.clone().read_owned().await;
-            let _gate = entry.gate.clone().read_owned().await;
+            engine.check_count()?;
+            let gate = entry.gate.clone().read_owned().await;
             // It may have been deleted meanwhile.
             let stored = engine.get_snapshot(&entry.snapshot.id)?;
             let target = engine.check_revival(&stored, revival)?;
@@ -101,6 +101,7 @@ impl Engine {
             };
             check_memory(&stored.spec, state, Some(target))?;
             let dir = engine.copy_stored(&stored.id, memory).await?;
+            drop(gate);
             let offspring = Offspring {
                 dir,
                 name,
@@ -157,6 +158,8 @@ impl Engine {
     async fn bear(&self, offspring: Offspring) -> Result<Arc<InstanceView>, EngineError> {
         let dir = offspring.dir.clone();
         self.shared.ctx.kill.reach(KillPoint::ForkCopied);
+        // From here until it is in the registry nobody can remove its image.
+        let gate = self.shared.image_gate.clone().read_owned().await;
         let (instance, first, answer) = match self.record_fork(offspring).await {
             Ok(recorded) => recorded,
             Err(error) => {
@@ -166,6 +169,7 @@ impl Engine {
         };
         let (instance, published) = instance;
         self.drive(instance, published, Some(first));
+        drop(gate);
         let answer = answer.await.map_err(|_| driver_failed());
         // What a failed fork did not move is left.
         if !matches!(answer, Ok(Ok(_))) {
@@ -175,7 +179,12 @@ impl Engine {
     }
 
     async fn record_fork(&self, offspring: Offspring) -> Result<Recorded, EngineError> {
+        self.check_open()?;
         self.check_count()?;
+        self.shared
+            .ctx
+            .image_by_digest(&offspring.spec.image_digest)
+            .await?;
         let pool = self.address_pool(offspring.spec.network_enabled)?;
         let at = now();
         let record = Record::forking(offspring.memory_of.as_ref(), at.clone());

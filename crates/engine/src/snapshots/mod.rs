@@ -5,8 +5,8 @@
 //!                                                            │ clone
 //!                                     new instance (fork) <──┴──> its source, in place (rollback)
 //! ```
-//! A folder of a snapshot holds what an instance's folder holds when it rests: `overlay.raw`, `config.img`, and
-//! with memory `memory` and `snapshot/`. The row is the commit point: a folder without a row is removed at
+//! A folder of a snapshot holds what is copied of an instance (see [`crate::copies`]): `overlay.raw`, and with
+//! memory `memory` and `snapshot/`. The row is the commit point: a folder without a row is removed at
 //! start-up, a deleted row makes its folder one. Whoever clones from a folder holds its gate open for readers; a
 //! delete waits for them.
 pub mod catalog;

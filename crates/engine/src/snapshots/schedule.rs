@@ -88,15 +88,22 @@ fn next_run(due_us: i64, interval_us: u64, now_us: i64) -> i64 {
     later(due_us, interval_us.saturating_mul(intervals))
 }
 
-/// Those that are to go, of `all` scheduled snapshots of one instance in order of creation.
-fn expired(all: &[Arc<Snapshot>], request: &ScheduleRequest, now_us: i64) -> Vec<String> {
-    let keep = request.max_count.map_or(usize::MAX, |n| n as usize);
-    let surplus = all.len().saturating_sub(keep);
+/// Those that are to go, of `all` scheduled snapshots of one instance in order of creation. `kept` never goes: the
+/// newest one, whatever the clocks say.
+fn expired(
+    all: &[Arc<Snapshot>],
+    request: &ScheduleRequest,
+    kept: Option<&str>,
+    now_us: i64,
+) -> Vec<String> {
+    let most = request.max_count.map_or(usize::MAX, |n| n as usize);
+    let others: Vec<_> = all.iter().filter(|s| kept != Some(s.id.as_str())).collect();
+    let surplus = all.len().saturating_sub(most.max(1));
     let old = |at_us: i64| {
         let age = u64::try_from(now_us.saturating_sub(at_us)).unwrap_or(0);
         request.max_age_us.is_some_and(|most| age > most)
     };
-    let gone = all.iter().enumerate();
+    let gone = others.into_iter().enumerate();
     gone.filter(|(index, s)| *index < surplus || old(s.created_at_us))
         .map(|(_, s)| s.id.clone())
         .collect()
@@ -115,7 +122,31 @@ fn name_of_run(request: &ScheduleRequest, at_us: i64) -> String {
     )
 }
 
+/// Its next run lies further ahead than any can: the clock was ahead when it was set.
+fn is_stray(schedule: &Schedule, now_us: i64) -> bool {
+    let interval = schedule.request.interval_us;
+    let furthest = interval + jitter_us(&schedule.instance_id, interval);
+    schedule.next_run_at_us > later(now_us, furthest)
+}
+
 impl Engine {
+    async fn restart_cadence(&self, stray: &Schedule) -> Result<(), EngineError> {
+        let _one = self.shared.schedules.write.lock().await;
+        let (at, interval) = (now().wall_us, stray.request.interval_us);
+        let next = later(at, interval + jitter_us(&stray.instance_id, interval));
+        match self.shared.schedules.get(&stray.instance_id) {
+            Some(current) if current == *stray => {
+                let next_run_at_us = next;
+                let current = Schedule {
+                    next_run_at_us,
+                    ..current
+                };
+                self.put_schedule(current).await
+            }
+            Some(_) | None => Ok(()),
+        }
+    }
+
     /// Sets an instance's schedule. A new interval begins a new cadence; anything else keeps the next run.
     pub async fn set_schedule(
         &self,
@@ -233,10 +264,20 @@ impl Engine {
             Ok(entry) => Some(self.scheduled_snapshot(entry, &claimed).await),
             Err(_) => None,
         };
-        let expired = self.expire(&claimed).await;
-        let Some(taken) = taken else {
-            return self.after_deletion(&claimed, expired).await;
+        // It may have been removed or changed while the snapshot waited for its turn.
+        let Some(current) = self.shared.schedules.get(id) else {
+            return Ok(());
         };
+        let Some(taken) = taken else {
+            let expired = self.expire(&current, None).await;
+            return self.after_deletion(&current, expired).await;
+        };
+        let newest = match &taken {
+            Ok(snapshot) => Some(snapshot.id.clone()),
+            // As long as nothing newer can be had.
+            Err(_) => self.scheduled_snapshots(id).last().map(|s| s.id.clone()),
+        };
+        let expired = self.expire(&current, newest.as_deref()).await;
         let error = match (&taken, expired) {
             (Err(error), _) => Some(error.to_string()),
             (Ok(_), Err(error)) => Some(format!("removing expired snapshots: {error}")),
@@ -263,6 +304,19 @@ impl Engine {
         entry: crate::registry::Entry,
         schedule: &Schedule,
     ) -> Result<Arc<Snapshot>, EngineError> {
+        let first = self.scheduled_kind(&entry, schedule).await;
+        match first {
+            // It changed its state before its turn came.
+            Err(EngineError::InvalidState { .. }) => self.scheduled_kind(&entry, schedule).await,
+            taken => taken,
+        }
+    }
+
+    async fn scheduled_kind(
+        &self,
+        entry: &crate::registry::Entry,
+        schedule: &Schedule,
+    ) -> Result<Arc<Snapshot>, EngineError> {
         let kind = match entry.view().state() {
             State::Stopped => SnapshotKind::Stopped,
             State::Running | State::Standby => SnapshotKind::Standby,
@@ -276,7 +330,8 @@ impl Engine {
             name: Some(name_of_run(&schedule.request, now().wall_us)),
             tags: schedule.request.metadata.clone(),
         };
-        self.snapshot_as(entry, request, Cause::Schedule).await
+        self.snapshot_as(entry.clone(), request, Cause::Schedule)
+            .await
     }
 
     fn scheduled_snapshots(&self, instance_id: &str) -> Vec<Arc<Snapshot>> {
@@ -289,9 +344,9 @@ impl Engine {
         all
     }
 
-    async fn expire(&self, schedule: &Schedule) -> Result<(), EngineError> {
+    async fn expire(&self, schedule: &Schedule, kept: Option<&str>) -> Result<(), EngineError> {
         let all = self.scheduled_snapshots(&schedule.instance_id);
-        for id in expired(&all, &schedule.request, now().wall_us) {
+        for id in expired(&all, &schedule.request, kept, now().wall_us) {
             match self.delete_snapshot(&id).await {
                 // Somebody was faster.
                 Ok(()) | Err(EngineError::NotFound { .. }) => {}
@@ -337,6 +392,13 @@ pub async fn keep(shared: Weak<Shared>) {
         }
         let schedules = &engine.shared.schedules;
         let wait = match schedules.earliest() {
+            Some(due) if is_stray(&due, now().wall_us) => {
+                if let Err(error) = engine.restart_cadence(&due).await {
+                    tracing::warn!(%error, "a schedule's next run could not be set");
+                    tokio::time::sleep(LOOK_AGAIN).await;
+                }
+                continue;
+            }
             Some(due) => {
                 let left = due.next_run_at_us.saturating_sub(now().wall_us);
                 match u64::try_from(left) {

@@ -74,11 +74,18 @@ impl Engine {
         let created_at_us = now().wall_us;
         let id = new_id();
         let (from, to) = (captured.dir.clone(), ctx.snapshot_dir(&id));
-        let size_bytes = blocking("placing a snapshot", move || {
+        let placed = blocking("placing a snapshot", move || {
             copies::place(&from, &to).and_then(|()| copies::size(&to))
         })
-        .await?
-        .map_err(io_error("placing a snapshot"))?;
+        .await?;
+        let size_bytes = match placed {
+            Ok(size) => size,
+            Err(error) => {
+                self.remove_copy(captured.dir).await;
+                self.remove_copy(ctx.snapshot_dir(&id)).await;
+                return Err(io_error("placing a snapshot")(error));
+            }
+        };
         ctx.kill.reach(KillPoint::SnapshotPlaced);
         let snapshot = Snapshot {
             id,

@@ -1,12 +1,20 @@
 //! What all of this costs in disk and memory.
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
 use doze_host::{files, usage};
 
 use super::DiskUsage;
 use crate::{
     Engine, EngineError,
-    context::{blocking, io_error},
+    context::{Context, blocking, io_error},
     instance::{MEMORY, OVERLAY, SNAPSHOT},
 };
+
+/// How old a measurement may be that is answered with.
+const FRESH: Duration = Duration::from_secs(1);
 
 impl Engine {
     /// Bytes of disk that a snapshot's files hold; extents it shares with others count, too.
@@ -23,9 +31,22 @@ impl Engine {
         .map_err(io_error("measuring a snapshot"))
     }
 
-    /// Measures the disk: looks at every file of ours, so not for every second.
+    /// Measures the disk: looks at every file of ours, so one after the other and not more often than every
+    /// second.
     pub async fn disk_usage(&self) -> Result<DiskUsage, EngineError> {
         let ctx = self.shared.ctx.clone();
+        let mut last = ctx.measured.lock().await;
+        if let Some((at, usage)) = &*last
+            && at.elapsed() < FRESH
+        {
+            return Ok(usage.clone());
+        }
+        let usage = self.measure_disk(ctx.clone()).await?;
+        *last = Some((Instant::now(), usage.clone()));
+        Ok(usage)
+    }
+
+    async fn measure_disk(&self, ctx: Arc<Context>) -> Result<DiskUsage, EngineError> {
         let instances: Vec<_> = self
             .list()
             .iter()

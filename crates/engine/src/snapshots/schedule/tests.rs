@@ -66,10 +66,16 @@ fn retention_counts_and_looks_at_the_age() {
         max_age_us,
         ..request()
     };
-    assert_eq!(expired(&all, &of(Some(2), None), 300), ["a"]);
-    assert_eq!(expired(&all, &of(None, Some(150)), 300), ["a", "b"]);
-    assert_eq!(expired(&all, &of(Some(3), Some(300)), 300), [""; 0]);
-    assert_eq!(expired(&all, &of(Some(1), Some(150)), 300), ["a", "b"]);
+    let gone = |request: ScheduleRequest, kept| expired(&all, &request, kept, 300);
+    assert_eq!(gone(of(Some(2), None), Some("c")), ["a"]);
+    assert_eq!(gone(of(None, Some(150)), Some("c")), ["a", "b"]);
+    assert_eq!(gone(of(Some(3), Some(300)), Some("c")), [""; 0]);
+    assert_eq!(gone(of(Some(1), Some(150)), Some("c")), ["a", "b"]);
+    assert_eq!(gone(of(None, Some(50)), None), ["a", "b", "c"]);
+    // The one just taken stays, also when a clock that was set back makes it the oldest.
+    assert_eq!(gone(of(Some(1), None), Some("a")), ["b", "c"]);
+    assert_eq!(gone(of(Some(2), None), Some("a")), ["b"]);
+    assert_eq!(gone(of(None, Some(50)), Some("c")), ["a", "b"]);
 }
 
 #[test]
@@ -82,4 +88,22 @@ fn a_name_of_a_run_is_a_name_of_a_snapshot() {
         ..request()
     };
     assert_eq!(name_of_run(&longest, at).len(), 63);
+}
+
+#[test]
+fn a_run_further_ahead_than_any_can_be_is_a_clocks_mistake() {
+    let schedule = |next_run_at_us| Schedule {
+        instance_id: "a".into(),
+        request: request(),
+        created_at_us: 0,
+        updated_at_us: 0,
+        next_run_at_us,
+        last_run_at_us: None,
+        last_snapshot_id: None,
+        last_error: None,
+    };
+    let furthest = later(1_000, MINUTE + jitter_us("a", MINUTE));
+    assert!(!is_stray(&schedule(furthest), 1_000));
+    assert!(is_stray(&schedule(furthest + 1), 1_000));
+    assert!(!is_stray(&schedule(-5), 1_000));
 }
