@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use doze_host::files;
 use doze_lifecycle::{Fact, Operation};
 use doze_snapshot::manifest;
+use doze_vmm::MachineDescription;
 use tokio::sync::OwnedRwLockReadGuard;
 
 use super::{
@@ -139,11 +140,15 @@ async fn finish(instance: &mut Instance) -> Result<(), EngineError> {
     if memory {
         launch::make_sleepers_tap(instance).await?;
     }
-    blocking("swapping files", move || swap(&dir, memory)).await??;
+    let machine = blocking("swapping files", move || {
+        swap(&dir, memory)?;
+        machine_of(&dir, memory)
+    })
+    .await??;
     instance.reach(KillPoint::RollbackSwapped);
     let before = (
         instance.spec.clone(),
-        instance.description.take(),
+        std::mem::replace(&mut instance.description, machine),
         instance.inherited,
     );
     instance.rollback = None;
@@ -163,6 +168,17 @@ async fn finish(instance: &mut Instance) -> Result<(), EngineError> {
         instance.note(&format!("removing what a rollback left: {error}"));
     }
     Ok(())
+}
+
+/// Which machine sleeps now. Recorded with the rollback: without, a crash of its restore could not find its VMM again.
+fn machine_of(dir: &Path, memory: bool) -> Result<Option<MachineDescription>, EngineError> {
+    match memory {
+        true => {
+            let manifest = manifest::read(&dir.join(SNAPSHOT)).map_err(manifest_error)?;
+            Ok(Some(manifest.machine))
+        }
+        false => Ok(None),
+    }
 }
 
 /// Memory first, its mark last: in between there is neither the old nor the new one, and `incoming` says so.
