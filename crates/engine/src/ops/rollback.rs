@@ -32,6 +32,8 @@ use crate::{
 /// The new content, complete and durable: having this name is the commit point.
 const INCOMING: &str = "incoming";
 const STAGE: &str = "incoming.stage";
+/// What no instance has without a rollback in flight.
+pub const LEFTOVERS: [&str; 2] = [INCOMING, STAGE];
 
 /// What to bring an instance back to.
 pub struct Plan {
@@ -63,7 +65,7 @@ pub async fn run(instance: &mut Instance, cancel: &Cancel, plan: Plan) -> Result
     };
     let room = instance.ctx.reserve_disk(&instance.dir(), needed + ROOM)?;
     // One that is found while a rollback is in flight means that it is committed: an old one must be gone.
-    remove(instance, &[INCOMING, STAGE]).await?;
+    remove(instance, &LEFTOVERS).await?;
     instance.rollback = Some(Box::new(pending));
     if let Err(error) = instance.commit(Fact::Admitted(Operation::Rollback)).await {
         instance.rollback = None;
@@ -163,7 +165,7 @@ async fn finish(instance: &mut Instance) -> Result<(), EngineError> {
         return Err(error);
     }
     instance.reach(KillPoint::RollbackRecorded);
-    // Empty by now; what cannot be removed goes before the next one.
+    // Empty by now; what cannot be removed goes at the next start or before the next one.
     if let Err(error) = remove(instance, &[INCOMING]).await {
         instance.note(&format!("removing what a rollback left: {error}"));
     }
