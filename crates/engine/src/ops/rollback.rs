@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use doze_host::files;
 use doze_lifecycle::{Fact, Operation};
 use doze_snapshot::manifest;
-use doze_vmm::MachineDescription;
+use doze_vmm::{MachineDescription, MachineStatus};
 use tokio::sync::OwnedRwLockReadGuard;
 
 use super::{
@@ -24,7 +24,7 @@ use crate::{
     EngineError, StartOverrides, TargetState,
     context::{blocking, io_error},
     copies::{self, Durable, Home},
-    instance::{Instance, MEMORY, OVERLAY, SNAPSHOT},
+    instance::{Instance, MEMORY, OVERLAY, SNAPSHOT, vmm_error},
     kill::KillPoint,
     store::PendingRollback,
 };
@@ -133,11 +133,7 @@ async fn finish(instance: &mut Instance) -> Result<(), EngineError> {
             reason: "what it is brought back to is not recorded".into(),
         });
     };
-    instance.kill_machine().await?;
-    instance.reach(KillPoint::RollbackMachineKilled);
-    if instance.record.machine().is_some() {
-        instance.commit(Fact::MachineGone { failure: None }).await?;
-    }
+    end_machine(instance).await?;
     let (dir, memory) = (instance.dir(), pending.memory_of.is_some());
     if memory {
         launch::make_sleepers_tap(instance).await?;
@@ -170,6 +166,29 @@ async fn finish(instance: &mut Instance) -> Result<(), EngineError> {
         instance.note(&format!("removing what a rollback left: {error}"));
     }
     Ok(())
+}
+
+/// The guest that runs gives way. One whose VMM was gone before is booked up to its last sign of life.
+async fn end_machine(instance: &mut Instance) -> Result<(), EngineError> {
+    let status = match &instance.live {
+        Some(live) => live.machine.status().await.map_err(vmm_error)?,
+        None => MachineStatus::Gone,
+    };
+    let last_seen = crate::life_sign::last_seen(instance).await?;
+    instance.kill_machine().await?;
+    instance.reach(KillPoint::RollbackMachineKilled);
+    if instance.record.machine().is_none() {
+        return Ok(());
+    }
+    let failure = None;
+    let gone = match status {
+        MachineStatus::Gone => Fact::MachineFoundGone { failure, last_seen },
+        MachineStatus::Prelaunch | MachineStatus::Running | MachineStatus::Paused => {
+            Fact::MachineGone { failure }
+        }
+        MachineStatus::Shutdown | MachineStatus::Failed => Fact::MachineGone { failure },
+    };
+    instance.commit(gone).await
 }
 
 /// Which machine sleeps now. Recorded with the rollback: without, a crash of its restore could not find its VMM again.
