@@ -115,13 +115,14 @@ pub struct Home<'a> {
     pub claim: Option<&'a NetworkClaim>,
 }
 
-/// Rewrites the manifest of the copy in `copy`, so that its machine is the one of `home`.
-pub fn rehome(copy: &Path, home: &Home<'_>) -> Result<(), ManifestError> {
+/// Rewrites the manifest of the copy in `copy`, so that its machine is the one of `home`, which it returns.
+pub fn rehome(copy: &Path, home: &Home<'_>) -> Result<MachineDescription, ManifestError> {
     let place = copy.join(SNAPSHOT);
     let mut manifest: Manifest<MachineDescription> = manifest::read(&place)?;
     manifest.id = crate::engine::new_id();
     move_in(&mut manifest.machine, home);
-    manifest::rewrite(&place, &manifest)
+    manifest::rewrite(&place, &manifest)?;
+    Ok(manifest.machine)
 }
 
 fn move_in(machine: &mut MachineDescription, home: &Home<'_>) {

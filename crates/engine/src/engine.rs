@@ -15,7 +15,7 @@ use doze_agent::{
 };
 use doze_host::net::NetworkConfig;
 use doze_image::ImageStore;
-use doze_lifecycle::{Admission, Command, Record, State, admission::admit};
+use doze_lifecycle::{Admission, Command, Operation, Record, State, admission::admit};
 use doze_vmm::{Hypervisor, Monitor, Probe, qemu};
 use futures::{StreamExt, stream};
 use tokio::sync::{mpsc, oneshot};
@@ -105,6 +105,11 @@ impl Engine {
             schedules,
         } = contents;
         let known: HashSet<String> = stored.iter().map(|i| i.id.clone()).collect();
+        let rolling_back: HashSet<String> = stored
+            .iter()
+            .filter(|i| i.document.record.operation() == Some(Operation::Rollback))
+            .map(|i| i.id.clone())
+            .collect();
         let kept: HashSet<String> = snapshots.iter().map(|s| s.id.clone()).collect();
         let ctx = Arc::new(Context::new(
             config,
@@ -118,7 +123,7 @@ impl Engine {
                 snapshots,
             },
         ));
-        recovery::sweep(&ctx, &known, kept).await?;
+        recovery::sweep(&ctx, &known, &rolling_back, kept).await?;
         let auto_standby = Arc::new(Controller::open(ctx.clone()).await);
         let heart = life_sign::Heart::start(&ctx.config.data_dir);
         let engine = Engine {

@@ -306,6 +306,7 @@ pub async fn kill_marked(
 pub async fn sweep(
     ctx: &Context,
     known: &HashSet<String>,
+    rolling_back: &HashSet<String>,
     snapshots: HashSet<String>,
 ) -> Result<(), EngineError> {
     let roots = [
@@ -314,10 +315,17 @@ pub async fn sweep(
         // Copies that never got their place.
         (ctx.captures_dir(), HashSet::new()),
     ];
+    let rest = known.difference(rolling_back);
+    let at_rest: Vec<_> = rest.map(|id| ctx.instance_dir(id)).collect();
     blocking("sweeping folders", move || {
         roots
             .iter()
-            .try_for_each(|(root, known)| sweep_folder(root, known))
+            .try_for_each(|(root, known)| sweep_folder(root, known))?;
+        // The last act of a rollback that is complete.
+        at_rest.iter().try_for_each(|dir| {
+            let mut left = ops::rollback::LEFTOVERS.iter();
+            left.try_for_each(|name| doze_host::files::remove_tree(&dir.join(name)))
+        })
     })
     .await?
     .map_err(io_error("sweeping folders"))?;

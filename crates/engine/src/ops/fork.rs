@@ -67,25 +67,29 @@ async fn make(instance: &mut Instance, cancel: &Cancel, plan: &Plan) -> Result<(
         TargetState::Stopped | TargetState::Standby => Durable::All,
     };
     let (dir, id, claim) = (instance.dir(), instance.id.clone(), instance.claim.clone());
-    blocking("making a fork's files its own", move || {
-        match memory {
+    let machine = blocking("making a fork's files its own", move || {
+        let machine = match memory {
             true => {
                 let home = Home {
                     id: &id,
                     dir: &dir,
                     claim: claim.as_ref(),
                 };
-                copies::rehome(&dir, &home).map_err(manifest_error)?;
+                Some(copies::rehome(&dir, &home).map_err(manifest_error)?)
             }
             false => {
                 for name in [SNAPSHOT, MEMORY] {
                     files::remove_tree(&dir.join(name)).map_err(io_error("removing memory"))?;
                 }
+                None
             }
-        }
-        copies::sync(&dir, durable).map_err(io_error("making a fork durable"))
+        };
+        copies::sync(&dir, durable).map_err(io_error("making a fork durable"))?;
+        Ok::<_, EngineError>(machine)
     })
     .await??;
+    // Recorded with what it becomes: without, a crash of its first restore could not find its VMM again.
+    instance.description = machine;
     instance.reach(KillPoint::ForkFilesMade);
     check(cancel)?;
     match (plan.target, memory) {

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use doze_host::files;
 use doze_lifecycle::{Fact, Operation};
 use doze_snapshot::manifest;
+use doze_vmm::{MachineDescription, MachineStatus};
 use tokio::sync::OwnedRwLockReadGuard;
 
 use super::{
@@ -23,7 +24,7 @@ use crate::{
     EngineError, StartOverrides, TargetState,
     context::{blocking, io_error},
     copies::{self, Durable, Home},
-    instance::{Instance, MEMORY, OVERLAY, SNAPSHOT},
+    instance::{Instance, MEMORY, OVERLAY, SNAPSHOT, vmm_error},
     kill::KillPoint,
     store::PendingRollback,
 };
@@ -31,6 +32,8 @@ use crate::{
 /// The new content, complete and durable: having this name is the commit point.
 const INCOMING: &str = "incoming";
 const STAGE: &str = "incoming.stage";
+/// What no instance has without a rollback in flight.
+pub const LEFTOVERS: [&str; 2] = [INCOMING, STAGE];
 
 /// What to bring an instance back to.
 pub struct Plan {
@@ -62,7 +65,7 @@ pub async fn run(instance: &mut Instance, cancel: &Cancel, plan: Plan) -> Result
     };
     let room = instance.ctx.reserve_disk(&instance.dir(), needed + ROOM)?;
     // One that is found while a rollback is in flight means that it is committed: an old one must be gone.
-    remove(instance, &[INCOMING, STAGE]).await?;
+    remove(instance, &LEFTOVERS).await?;
     instance.rollback = Some(Box::new(pending));
     if let Err(error) = instance.commit(Fact::Admitted(Operation::Rollback)).await {
         instance.rollback = None;
@@ -165,29 +168,21 @@ async fn finish(instance: &mut Instance) -> Result<(), EngineError> {
             reason: "what it is brought back to is not recorded".into(),
         });
     };
-    // Found gone by a server that had not been there: it ran until it was last seen.
-    let gone = match (instance.record.machine(), &instance.live) {
-        (Some(_), None) => Fact::MachineFoundGone {
-            failure: None,
-            last_seen: crate::life_sign::last_seen(instance).await?,
-        },
-        (Some(_), Some(_)) | (None, _) => Fact::MachineGone { failure: None },
-    };
-    instance.kill_machine().await?;
-    instance.reach(KillPoint::RollbackMachineKilled);
-    if instance.record.machine().is_some() {
-        instance.commit(gone).await?;
-    }
+    end_machine(instance).await?;
     let (dir, memory) = (instance.dir(), pending.memory_of.is_some());
     if memory && let Err(error) = launch::make_sleepers_tap(instance).await {
         // A wake makes it, and says what is wrong if it cannot.
         instance.note(&format!("its TAP is not made: {error}"));
     }
-    blocking("swapping files", move || swap(&dir, memory)).await??;
+    let machine = blocking("swapping files", move || {
+        swap(&dir, memory)?;
+        machine_of(&dir, memory)
+    })
+    .await??;
     instance.reach(KillPoint::RollbackSwapped);
     let before = (
         instance.spec.clone(),
-        instance.description.take(),
+        std::mem::replace(&mut instance.description, machine),
         instance.inherited,
     );
     instance.rollback = None;
@@ -202,11 +197,45 @@ async fn finish(instance: &mut Instance) -> Result<(), EngineError> {
         return Err(error);
     }
     instance.reach(KillPoint::RollbackRecorded);
-    // Empty by now; what cannot be removed goes before the next one.
+    // Empty by now; what cannot be removed goes at the next start or before the next one.
     if let Err(error) = remove(instance, &[INCOMING]).await {
         instance.note(&format!("removing what a rollback left: {error}"));
     }
     Ok(())
+}
+
+/// The guest that runs gives way. One whose VMM was gone before is booked up to its last sign of life.
+async fn end_machine(instance: &mut Instance) -> Result<(), EngineError> {
+    let status = match &instance.live {
+        Some(live) => live.machine.status().await.map_err(vmm_error)?,
+        None => MachineStatus::Gone,
+    };
+    let last_seen = crate::life_sign::last_seen(instance).await?;
+    instance.kill_machine().await?;
+    instance.reach(KillPoint::RollbackMachineKilled);
+    if instance.record.machine().is_none() {
+        return Ok(());
+    }
+    let failure = None;
+    let gone = match status {
+        MachineStatus::Gone => Fact::MachineFoundGone { failure, last_seen },
+        MachineStatus::Prelaunch | MachineStatus::Running | MachineStatus::Paused => {
+            Fact::MachineGone { failure }
+        }
+        MachineStatus::Shutdown | MachineStatus::Failed => Fact::MachineGone { failure },
+    };
+    instance.commit(gone).await
+}
+
+/// Which machine sleeps now. Recorded with the rollback: without, a crash of its restore could not find its VMM again.
+fn machine_of(dir: &Path, memory: bool) -> Result<Option<MachineDescription>, EngineError> {
+    match memory {
+        true => {
+            let manifest = manifest::read(&dir.join(SNAPSHOT)).map_err(manifest_error)?;
+            Ok(Some(manifest.machine))
+        }
+        false => Ok(None),
+    }
 }
 
 /// Memory first, its mark last: in between there is neither the old nor the new one, and `incoming` says so.

@@ -203,8 +203,16 @@ impl Engine {
             document,
         };
         let ctx = &self.shared.ctx;
-        let inserted = ctx.store.insert(stored.clone(), pool).await;
-        stored.claim = inserted.map_err(store_error)?;
+        stored.claim = match ctx.store.insert(stored.clone(), pool).await {
+            Ok(claim) => claim,
+            Err(error) => {
+                // Its row may be there all the same, and would hold the name until the next start.
+                if let Err(error) = ctx.store.remove(&stored.id).await {
+                    tracing::warn!(%error, "a fork that was refused may be there");
+                }
+                return Err(store_error(error));
+            }
+        };
         let (reply, answer) = oneshot::channel();
         let plan = Plan {
             dir: offspring.dir,

@@ -106,7 +106,11 @@ impl Engine {
             inherited: captured.inherited,
         };
         if let Err(error) = ctx.store.add_snapshot(snapshot.clone()).await {
-            self.remove_copy(ctx.snapshot_dir(&snapshot.id)).await;
+            // Its row may be there all the same, and must not outlive its files.
+            match ctx.store.remove_snapshot(&snapshot.id).await {
+                Ok(()) => self.remove_copy(ctx.snapshot_dir(&snapshot.id)).await,
+                Err(error) => tracing::warn!(%error, "a snapshot that was refused may be there"),
+            }
             return Err(store_error(error));
         }
         let snapshot = Arc::new(snapshot);

@@ -1,13 +1,13 @@
 //! How often the disk is waited for on the way to sleep and back.
 use crate::{
     lab::{Lab, PATIENCE},
-    scenario,
+    scenarios,
     steps::Step,
 };
 
 /// Commits of the undisturbed operation of this name, up to the answer.
 fn commits(name: &str) -> usize {
-    let all = scenario::plain();
+    let all = scenarios::plain();
     let scenario = all.iter().find(|scenario| scenario.name == name).unwrap();
     let lab = Lab::new();
     scenario.prepare(&lab);

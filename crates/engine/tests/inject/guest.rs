@@ -2,7 +2,10 @@
 //! nothing here is polled, and what the host says waits in the socket.
 use std::{
     pin::pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -24,6 +27,15 @@ pub struct Guest {
     endpoint: Endpoint,
     booted: Mutex<Option<Instant>>,
     exit: Mutex<Option<ProgramExit>>,
+    /// The generation with which its CPUs last began to run.
+    generation: AtomicU64,
+}
+
+/// What a guest knew at one moment.
+#[derive(Debug, Clone)]
+pub struct Frozen {
+    booted: Option<Instant>,
+    exit: Option<ProgramExit>,
 }
 
 impl Default for Guest {
@@ -32,6 +44,7 @@ impl Default for Guest {
             endpoint: Endpoint::new(Role::Guest, rand::random()),
             booted: Mutex::default(),
             exit: Mutex::default(),
+            generation: AtomicU64::default(),
         }
     }
 }
@@ -67,11 +80,38 @@ pub async fn serve(
     }
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn runs(status: &MachineStatus) -> bool {
     *status == MachineStatus::Running
 }
 
 impl Guest {
+    pub fn freeze(&self) -> Frozen {
+        Frozen {
+            booted: *lock(&self.booted),
+            exit: lock(&self.exit).clone(),
+        }
+    }
+
+    /// Another one with the same memory. Its channel begins anew.
+    pub fn thaw(frozen: Frozen) -> Guest {
+        let guest = Guest::default();
+        *lock(&guest.booted) = frozen.booted;
+        *lock(&guest.exit) = frozen.exit;
+        guest
+    }
+
+    pub fn ran(&self, generation: u64) {
+        self.generation.store(generation, Ordering::Relaxed);
+    }
+
+    pub fn last_ran(&self) -> u64 {
+        self.generation.load(Ordering::Relaxed)
+    }
+
     fn handle(self: &Arc<Self>, world: &World, pid: i32, event: Event) {
         match event {
             Event::Established { .. } => self.tell_status(),
@@ -90,11 +130,18 @@ impl Guest {
             ToGuest::Restored {
                 nonce, identity, ..
             } if !habits.mute => {
-                self.tell(&ToHost::RestoredDone {
-                    nonce,
-                    problem: None,
-                    identity_applied: identity.is_some(),
+                let becomes = identity.filter(|_| !habits.stubborn);
+                let applied = becomes.as_ref().map(|identity| {
+                    let mut state = world.state();
+                    state.become_somebody(pid, &identity.machine_id)
                 });
+                if applied != Some(false) {
+                    self.tell(&ToHost::RestoredDone {
+                        nonce,
+                        problem: None,
+                        identity_applied: applied.is_some(),
+                    });
+                }
             }
             ToGuest::Shutdown { .. } => {
                 self.tell(&ToHost::ShuttingDown);
@@ -114,7 +161,7 @@ impl Guest {
             message: String::new(),
         };
         self.tell(&ToHost::ProgramExited { exit: exit.clone() });
-        *self.exit.lock().unwrap_or_else(PoisonError::into_inner) = Some(exit);
+        *lock(&self.exit) = Some(exit);
         let (guest, off) = (self.clone(), world.clone());
         world.spawn(async move {
             // Nobody may be listening; it goes down all the same.
@@ -124,16 +171,12 @@ impl Guest {
     }
 
     fn tell_status(&self) {
-        let booted = *self
-            .booted
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get_or_insert_with(Instant::now);
+        let booted = *lock(&self.booted).get_or_insert_with(Instant::now);
         let age_us = u64::try_from(booted.elapsed().as_micros()).unwrap();
         self.tell(&ToHost::ProgramStarted { age_us });
         self.tell(&ToHost::AgentReady { age_us });
-        let exit = self.exit.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(exit) = exit.clone() {
+        let exit = lock(&self.exit).clone();
+        if let Some(exit) = exit {
             self.tell(&ToHost::ProgramExited { exit });
         }
     }

@@ -14,7 +14,12 @@ use doze_image::ImageStore;
 use doze_lifecycle::State;
 use doze_vmm::{Hypervisor, MemoryBacking, Monitor, boot::KernelSource, qemu::QemuConfig};
 
-use crate::{monitor::FakeMonitor, world::World};
+use crate::{
+    content::{self, Content},
+    monitor::FakeMonitor,
+    scenario::{FORK, NAME},
+    world::World,
+};
 
 const IMAGE: &str = "docker.io/library/fake:latest";
 /// Nothing here takes as long; what does has stopped for good.
@@ -159,6 +164,21 @@ impl Lab {
         self.data_dir().join("instances").join(id)
     }
 
+    pub fn snapshot_dir(&self, id: &str) -> PathBuf {
+        self.data_dir().join("snapshots").join(id)
+    }
+
+    /// What is on an instance's disk.
+    pub fn disk(&self, id: &str) -> Content {
+        content::of_overlay(&self.instance_dir(id).join("overlay.raw")).unwrap()
+    }
+
+    /// What is on a snapshot's disk.
+    pub fn kept(&self, key: &str) -> Content {
+        let id = &self.engine().get_snapshot(key).unwrap().id;
+        content::of_overlay(&self.snapshot_dir(id).join("overlay.raw")).unwrap()
+    }
+
     pub fn engine(&self) -> Engine {
         self.server.as_ref().expect("a server").engine.clone()
     }
@@ -282,7 +302,10 @@ pub async fn settled(
         let agrees = match record.state() {
             State::Running => live,
             State::Stopped | State::Standby => !live,
-            State::Initializing => live && world.state().habits.mute,
+            State::Initializing => {
+                let habits = world.state().habits;
+                live && (habits.mute || habits.stubborn)
+            }
             State::Created | State::Paused | State::Shutdown => false,
         };
         let rests = agrees && record.operation().is_none();
@@ -290,5 +313,12 @@ pub async fn settled(
             return Some(view);
         }
         tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+/// Waits until both instances of a scenario are settled.
+pub async fn settle(engine: &Engine, world: &World, patience: Duration) {
+    for name in [NAME, FORK] {
+        settled(engine, world, name, patience).await;
     }
 }

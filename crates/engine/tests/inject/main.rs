@@ -4,12 +4,16 @@
 //! at any call and that know when a guest's memory is lost or mixed up. See `world` for what they model,
 //! `steps` for where a run can be disturbed, `check` for what must hold afterwards.
 //!
-//! `DOZE_CAMPAIGN_ROUNDS=N` makes it more thorough; `DOZE_CAMPAIGN_SEED` repeats a random run.
+//! `DOZE_CAMPAIGN_ROUNDS=N` makes it more thorough; `DOZE_CAMPAIGN_SEED` repeats a random run; `DOZE_CAMPAIGN_ONLY=NAME`
+//! runs the scenarios whose names contain it.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
 mod campaign;
 mod check;
+mod commands;
 mod commits;
+mod content;
+mod copies;
 mod failures;
 mod guest;
 mod lab;
@@ -17,5 +21,6 @@ mod monitor;
 mod pool;
 mod random;
 mod scenario;
+mod scenarios;
 mod steps;
 mod world;

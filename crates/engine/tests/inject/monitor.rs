@@ -44,7 +44,7 @@ impl World {
         let die = || {
             let mut state = self.state();
             if let Some(pid) = concerns(&state) {
-                state.end(pid);
+                state.die(pid);
             }
         };
         let act = self.hit(&format!("before {name}"));
@@ -265,14 +265,7 @@ impl Machine for FakeMachine {
 
     async fn save(&self, folder: &Path) -> Result<Vec<SavedFile>, VmmError> {
         self.call("vmm.save", |state| {
-            let vmm = state.live(self.pid, "save")?;
-            let paused = *vmm.status.borrow() == MachineStatus::Paused;
-            let text = serde_json::to_vec(&vmm.content).unwrap();
-            if !paused {
-                state
-                    .violations
-                    .push("a machine is saved that is not paused".to_owned());
-            }
+            let text = serde_json::to_vec(&state.save(self.pid)?).unwrap();
             let context = "writing the state".to_owned();
             std::fs::write(folder.join(STATE), &text)
                 .map_err(|source| VmmError::Io { context, source })?;

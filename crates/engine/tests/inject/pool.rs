@@ -21,6 +21,11 @@ pub fn seed() -> u64 {
     number("DOZE_CAMPAIGN_SEED").unwrap_or(1)
 }
 
+/// Whether a scenario of this name is wanted: all of them, unless `DOZE_CAMPAIGN_ONLY` holds a part of the name.
+pub fn wanted(name: &str) -> bool {
+    std::env::var("DOZE_CAMPAIGN_ONLY").map_or(true, |part| name.contains(&part))
+}
+
 fn number(variable: &str) -> Option<u64> {
     let text = std::env::var(variable).ok()?;
     let number = text.parse();

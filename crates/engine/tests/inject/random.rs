@@ -1,21 +1,30 @@
 //! Many callers, random commands, random failures, callers that hang up, servers that crash.
 use std::{fmt, time::Duration};
 
-use doze_engine::{Engine, EngineError, StartOverrides};
+use doze_engine::{Engine, EngineError, Revival, SnapshotFilter, StartOverrides, TargetState};
 use doze_lifecycle::State;
 
 use crate::{
     check::{Faults, Ledgers, consistent},
+    commands::{fork, fork_stored, take},
+    copies,
     lab::{Lab, PATIENCE, settled},
     pool::{Report, on_all_cores, rounds, seed},
     steps::Dice,
 };
 
 /// Kinds of commands below this number; see [`command`].
-const KINDS: usize = 8;
+const KINDS: usize = 14;
 const DISCARD: usize = 5;
 const DELETE: usize = 7;
-const NAMES: [&str; 2] = ["one", "two"];
+const ROLLBACK: usize = 12;
+/// The last one is there only when it was made by a fork or a create.
+const NAMES: [&str; 3] = ["one", "two", "three"];
+const TARGETS: [TargetState; 3] = [
+    TargetState::Running,
+    TargetState::Standby,
+    TargetState::Stopped,
+];
 const CALLERS: usize = 3;
 const COMMANDS: usize = 5;
 /// Servers that live one after the other, each with its callers.
@@ -51,14 +60,15 @@ async fn caller(engine: Engine, mut dice: Dice) -> Met {
     for _ in 0..COMMANDS {
         let name = NAMES[dice.below(NAMES.len())];
         let kind = dice.below(KINDS);
-        let call = tokio::spawn(command(engine.clone(), name, kind));
+        let choice = dice.next();
+        let call = tokio::spawn(command(engine.clone(), name, kind, Dice(choice)));
         if dice.one_in(4) {
             // It hangs up, sooner or later.
             for _ in 0..dice.below(40) {
                 tokio::task::yield_now().await;
             }
             call.abort();
-            if kind == DISCARD || kind == DELETE {
+            if [DISCARD, DELETE, ROLLBACK].contains(&kind) {
                 doomed.push(name);
             }
             continue;
@@ -71,8 +81,19 @@ async fn caller(engine: Engine, mut dice: Dice) -> Met {
     Met { faults, doomed }
 }
 
-async fn command(engine: Engine, name: &'static str, kind: usize) -> Result<(), EngineError> {
+async fn command(
+    engine: Engine,
+    name: &'static str,
+    kind: usize,
+    mut dice: Dice,
+) -> Result<(), EngineError> {
     let discard = kind == DISCARD;
+    let target = TARGETS[dice.below(TARGETS.len())];
+    let snapshots = engine.list_snapshots(&SnapshotFilter::default());
+    let picked = match snapshots.len() {
+        0 => String::new(),
+        several => snapshots[dice.below(several)].id.clone(),
+    };
     match kind {
         0 | 1 => engine.standby(name, false).await.map(drop),
         2 | 3 => engine.restore(name).await.map(drop),
@@ -81,11 +102,23 @@ async fn command(engine: Engine, name: &'static str, kind: usize) -> Result<(), 
             engine.start(name, overrides, discard).await.map(drop)
         }
         6 => engine.stop(name).await.map(drop),
-        DELETE.. => match engine.get(name) {
+        DELETE => match engine.get(name) {
             // Only what was deleted is made again; a delete comes at the end, too.
             Err(_) => engine.create(Lab::request(name)).await.map(drop),
             Ok(_) => engine.delete(name, false).await,
         },
+        8 | 9 => take(&engine, name, None).await,
+        10 => fork(&engine, name, NAMES[dice.below(NAMES.len())], target).await,
+        11 => fork_stored(&engine, &picked, name, target).await,
+        ROLLBACK => {
+            let revival = Revival {
+                target: Some(target),
+                hypervisor: None,
+            };
+            let done = engine.restore_snapshot(name, &picked, revival).await;
+            done.map(drop)
+        }
+        _ => engine.delete_snapshot(&picked).await,
     }
 }
 
@@ -133,9 +166,8 @@ fn asleep(lab: &Lab) -> Vec<(String, u64)> {
     resting
         .filter_map(|view| {
             let state = lab.instance_dir(&view.id).join("snapshot/state");
-            let text = std::fs::read(state).ok()?;
-            let saved: crate::world::Content = serde_json::from_slice(&text).ok()?;
-            Some((view.name.clone(), saved.counter))
+            let saved = crate::content::saved(&state).ok()?;
+            Some((view.name.clone(), saved.content.counter))
         })
         .collect()
 }
@@ -177,7 +209,7 @@ fn run(case: &Case) -> Faults {
     let mut lab = Lab::new();
     let mut ledgers = Ledgers::default();
     let engine = lab.engine();
-    for name in NAMES {
+    for name in &NAMES[..2] {
         lab.run(engine.create(Lab::request(name))).unwrap();
     }
     drop(engine);
@@ -205,6 +237,16 @@ fn run(case: &Case) -> Faults {
             && let Err(error) = lab.run(engine.delete(name, true))
         {
             faults.push(format!("it cannot be deleted: {error}"));
+        }
+    }
+    for snapshot in engine.list_snapshots(&SnapshotFilter::default()) {
+        let state = lab.snapshot_dir(&snapshot.id).join("snapshot/state");
+        let counter = crate::content::saved(&state).ok();
+        let counter = counter.map(|saved| saved.content.counter);
+        faults.extend(copies::whole(&lab, &snapshot));
+        faults.extend(copies::probe(&lab, &snapshot, counter));
+        if let Err(error) = lab.run(engine.delete_snapshot(&snapshot.id)) {
+            faults.push(format!("a snapshot cannot be deleted: {error}"));
         }
     }
     faults.extend(consistent(&lab, &mut ledgers));

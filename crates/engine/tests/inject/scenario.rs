@@ -1,16 +1,25 @@
 //! Everything an instance can be told to do, from where it can be told.
 use std::time::Duration;
 
-use doze_engine::{Engine, EngineError, StartOverrides};
+use doze_engine::{EngineError, Revival, SnapshotKind, StartOverrides, TargetState};
 use doze_lifecycle::State;
 
 use crate::{
-    lab::{Lab, PATIENCE, settled},
+    commands::{answered, arrival, command, fork, take, until},
+    content::Content,
+    lab::{Lab, PATIENCE, settle, settled},
     steps::{Act, Step},
-    world::World,
 };
 
 pub const NAME: &str = "one";
+/// What forks are called.
+pub const FORK: &str = "fork";
+/// The snapshot that is there before.
+pub const KEPT: &str = "kept";
+/// The snapshot that is taken.
+pub const NEW: &str = "new";
+/// Where a fork comes from that is there before.
+const PARENT: &str = "parent";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Op {
@@ -28,6 +37,18 @@ pub enum Op {
     PowerOff,
     /// Its VMM dies by itself.
     Death,
+    Snapshot,
+    Fork(TargetState),
+    /// A fork of the snapshot that is there before.
+    ForkStored(TargetState),
+    /// Back to the snapshot that is there before.
+    Rollback(TargetState),
+    /// The delete of that snapshot.
+    DropSnapshot,
+    /// The delete of the fork.
+    DropFork,
+    /// A schedule's run, which replaces the snapshot of the one before.
+    Schedule,
 }
 
 /// Where the instance is before.
@@ -37,6 +58,10 @@ pub enum Begin {
     Running,
     Standby,
     Stopped,
+    /// Asleep, with the memory of another one. It never ran.
+    Forked,
+    /// Asleep, with the memory of a snapshot.
+    RolledBack,
 }
 
 /// When the second command comes.
@@ -62,10 +87,16 @@ pub struct Scenario {
     pub altered: bool,
     pub mute: bool,
     pub deaf: bool,
+    /// Copies do not take their identity.
+    pub stubborn: bool,
+    /// A snapshot of this kind is there before.
+    pub kept: Option<SnapshotKind>,
+    /// Every crash is made with both ends, also in a short run.
+    pub thorough: bool,
 }
 
 impl Scenario {
-    const fn plain(name: &'static str, from: Begin, op: Op) -> Scenario {
+    pub const fn plain(name: &'static str, from: Begin, op: Op) -> Scenario {
         Scenario {
             name,
             from,
@@ -76,17 +107,27 @@ impl Scenario {
             altered: false,
             mute: false,
             deaf: false,
+            stubborn: false,
+            kept: None,
+            thorough: false,
         }
     }
 
-    fn then(self, when: When, op: Op) -> Scenario {
+    pub fn keeping(self, kind: SnapshotKind) -> Scenario {
+        Scenario {
+            kept: Some(kind),
+            ..self
+        }
+    }
+
+    pub fn then(self, when: When, op: Op) -> Scenario {
         Scenario {
             then: Some((when, op)),
             ..self
         }
     }
 
-    fn fails(self, call: &'static str, act: Act) -> Scenario {
+    pub fn fails(self, call: &'static str, act: Act) -> Scenario {
         Scenario {
             fails: Some((call, act)),
             ..self
@@ -95,6 +136,32 @@ impl Scenario {
 
     pub fn does(&self, op: Op) -> bool {
         self.op == op || self.then.is_some_and(|(_, then)| then == op)
+    }
+
+    /// The one command of both that makes a fork.
+    pub fn fork(&self) -> Option<Op> {
+        let forks = |op: &Op| matches!(op, Op::Fork(_) | Op::ForkStored(_));
+        let all = [Some(self.op), self.then.map(|(_, then)| then)];
+        all.into_iter().flatten().find(forks)
+    }
+
+    pub fn rolls_back(&self) -> Option<TargetState> {
+        match self.op {
+            Op::Rollback(target) => Some(target),
+            _ => None,
+        }
+    }
+
+    /// Nothing that is done changes the instance.
+    pub fn copies(&self) -> bool {
+        let copies = |op: Op| match op {
+            Op::Snapshot | Op::Fork(_) | Op::ForkStored(_) => true,
+            Op::DropSnapshot | Op::DropFork | Op::Schedule => true,
+            Op::Create | Op::Start | Op::StartDiscarding | Op::Standby | Op::Restore => false,
+            Op::Stop | Op::Delete | Op::Discard | Op::PowerOff | Op::Death => false,
+            Op::Rollback(_) => false,
+        };
+        copies(self.op) && self.then.is_none_or(|(_, then)| copies(then))
     }
 
     pub fn deletes(&self) -> bool {
@@ -128,123 +195,123 @@ impl Scenario {
     }
 
     pub fn sleeps(&self) -> bool {
-        self.from == Begin::Standby || self.does(Op::Standby)
+        let asleep = [Begin::Standby, Begin::Forked, Begin::RolledBack].contains(&self.from);
+        let back = self.rolls_back().is_some() && self.kept == Some(SnapshotKind::Standby);
+        asleep || back || self.does(Op::Standby)
     }
 }
 
-/// The operations, each from the state it is made for.
-pub fn plain() -> Vec<Scenario> {
-    use {Begin as F, Op as O};
-    let of = Scenario::plain;
-    vec![
-        of("create", F::Nothing, O::Create),
-        of("start", F::Stopped, O::Start),
-        of("standby", F::Running, O::Standby),
-        of("restore", F::Standby, O::Restore),
-        of("stop", F::Running, O::Stop),
-        of("delete running", F::Running, O::Delete),
-        of("delete sleeping", F::Standby, O::Delete),
-        of("start discarding memory", F::Standby, O::StartDiscarding),
-    ]
-}
-
-/// Those that are interrupted, fail, or happen by themselves.
-pub fn troubled() -> Vec<Scenario> {
-    use {Begin as F, Op as O, When as W};
-    let of = Scenario::plain;
-    let standby = |name| of(name, F::Running, O::Standby);
-    let restore = |name| of(name, F::Standby, O::Restore);
-    vec![
-        standby("standby, restored while saving").then(W::Call("vmm.save"), O::Restore),
-        standby("standby, stopped while saving").then(W::Call("vmm.save"), O::Stop),
-        standby("standby, deleted while saving").then(W::Call("vmm.save"), O::Discard),
-        standby("standby, restored while pausing").then(W::Call("vmm.pause"), O::Restore),
-        standby("standby, restored after its commit").then(W::Call("vmm.kill"), O::Restore),
-        standby("standby, deleted after its commit").then(W::Call("vmm.kill"), O::Discard),
-        standby("standby, save refused").fails("vmm.save", Act::Refuse),
-        standby("standby, VMM dies while saving").fails("vmm.save", Act::Die),
-        Scenario {
-            altered: true,
-            ..restore("restore of an altered state")
-        },
-        restore("restore, load refused").fails("vmm.load", Act::Refuse),
-        restore("restore, VMM dies loading").fails("vmm.load", Act::Die),
-        restore("restore, deleted while loading").then(W::Call("vmm.load"), O::Discard),
-        restore("restore, standby while loading").then(W::Call("vmm.load"), O::Standby),
-        Scenario {
-            mute: true,
-            ..restore("restore of a mute guest, deleted")
-                .then(W::Point("restore.recorded"), O::Discard)
-        },
-        of("start, stopped while spawning", F::Stopped, O::Start)
-            .then(W::Call("monitor.spawn"), O::Stop),
-        of("start, deleted while spawning", F::Stopped, O::Start)
-            .then(W::Call("monitor.spawn"), O::Discard),
-        of("start, spawn refused", F::Stopped, O::Start).fails("monitor.spawn", Act::Refuse),
-        of(
-            "start discarding, resume refused",
-            F::Standby,
-            O::StartDiscarding,
-        )
-        .fails("vmm.resume", Act::Refuse),
-        of("create, deleted while spawning", F::Nothing, O::Create)
-            .then(W::Call("monitor.spawn"), O::Discard),
-        of("create, resume refused", F::Nothing, O::Create).fails("vmm.resume", Act::Refuse),
-        Scenario {
-            deaf: true,
-            ..of("stop of a deaf guest, deleted", F::Running, O::Stop)
-                .then(W::Point("stop.guest_asked"), O::Discard)
-        },
-        of("power off by itself", F::Running, O::PowerOff),
-        of("death by itself", F::Running, O::Death),
-    ]
-}
-
-/// What is to be lost: the guest's memory, of this boot. `None`: there is none.
+/// What is to be lost.
 pub struct Stake {
+    /// The guest's memory, of this boot. `None`: there is none.
     pub memory: Option<u64>,
     pub boots: u64,
+    /// What is on its disk.
+    pub disk: Option<Content>,
+    /// What is on the disk of the snapshot that is there before, and in its memory.
+    pub kept: Option<Content>,
 }
 
 impl Scenario {
     /// Brings the instance to where the scenario begins.
     pub fn prepare(&self, lab: &Lab) -> Stake {
-        let (engine, world) = (lab.engine(), lab.world.clone());
-        if self.from == Begin::Nothing {
-            return Stake {
-                memory: None,
-                boots: 0,
-            };
-        }
-        let memory = lab.run(async {
-            engine.create(Lab::request(NAME)).await.unwrap();
-            let view = settled(&engine, &world, NAME, PATIENCE / 2).await.unwrap();
-            assert_eq!(view.state(), State::Running, "{:?}", view.record.failure());
-            for _ in 0..3 {
-                world.tick(&view.id);
+        let engine = lab.engine();
+        let kept = match self.from {
+            Begin::Nothing => None,
+            Begin::Forked => {
+                self.run_up(lab, PARENT);
+                lab.run(async {
+                    fork(&engine, PARENT, NAME, TargetState::Standby)
+                        .await
+                        .unwrap();
+                    engine.delete(PARENT, false).await.unwrap();
+                });
+                None
             }
-            match self.from {
-                Begin::Nothing | Begin::Running => Some(3),
-                Begin::Standby => {
-                    engine.standby(NAME, false).await.unwrap();
-                    Some(3)
-                }
-                Begin::Stopped => {
-                    engine.stop(NAME).await.unwrap();
-                    None
-                }
+            Begin::Running | Begin::Standby | Begin::Stopped | Begin::RolledBack => {
+                let kept = self.run_up(lab, NAME);
+                lab.run(self.bring(lab));
+                kept
             }
-        });
+        };
+        let world = lab.world.clone();
+        let view = lab.view(NAME);
         if self.altered {
-            let id = &lab.view(NAME).unwrap().id;
-            let state = lab.instance_dir(id).join("snapshot/state");
+            let state = lab
+                .instance_dir(&view.as_ref().unwrap().id)
+                .join("snapshot/state");
             let mut text = std::fs::read(&state).unwrap();
             text[0] ^= 1;
             std::fs::write(&state, text).unwrap();
         }
+        if self.op == Op::Schedule {
+            // The one before.
+            lab.run(command(engine, world.clone(), Op::Schedule))
+                .unwrap();
+        }
         let mut state = world.state();
-        (state.habits.mute, state.habits.deaf) = (self.mute, self.deaf);
-        Stake { memory, boots: 1 }
+        let habits = &mut state.habits;
+        (habits.mute, habits.deaf, habits.stubborn) = (self.mute, self.deaf, self.stubborn);
+        drop(state);
+        let disk = view.as_ref().map(|view| lab.disk(&view.id));
+        Stake {
+            memory: match (self.from, &disk) {
+                (Begin::Stopped | Begin::Nothing, _) | (_, None) => None,
+                (_, Some(disk)) => Some(disk.counter),
+            },
+            boots: view.map_or(0, |view| view.record.boots()),
+            disk,
+            kept,
+        }
+    }
+
+    /// A running instance that has a snapshot, if one is wanted, and has gone on since.
+    fn run_up(&self, lab: &Lab, name: &str) -> Option<Content> {
+        let (engine, world) = (lab.engine(), lab.world.clone());
+        let kind = match self.from {
+            Begin::RolledBack => Some(SnapshotKind::Standby),
+            _ => self.kept,
+        };
+        lab.run(async {
+            engine.create(Lab::request(name)).await.unwrap();
+            let view = settled(&engine, &world, name, PATIENCE / 2).await.unwrap();
+            assert_eq!(view.state(), State::Running, "{:?}", view.record.failure());
+            for _ in 0..3 {
+                world.tick(&view.id);
+            }
+            let kind = kind?;
+            if kind == SnapshotKind::Stopped {
+                engine.stop(name).await.unwrap();
+            }
+            take(&engine, name, Some(KEPT)).await.unwrap();
+            let kept = lab.kept(KEPT);
+            if kind == SnapshotKind::Stopped {
+                let start = StartOverrides::default();
+                engine.start(name, start, false).await.unwrap();
+                settled(&engine, &world, name, PATIENCE / 2).await.unwrap();
+            }
+            for _ in 0..2 {
+                world.tick(&view.id);
+            }
+            Some(kept)
+        })
+    }
+
+    async fn bring(&self, lab: &Lab) {
+        let engine = lab.engine();
+        match self.from {
+            Begin::Nothing | Begin::Running | Begin::Forked => {}
+            Begin::Standby => drop(engine.standby(NAME, false).await.unwrap()),
+            Begin::Stopped => drop(engine.stop(NAME).await.unwrap()),
+            Begin::RolledBack => {
+                let revival = Revival {
+                    target: Some(TargetState::Standby),
+                    hypervisor: None,
+                };
+                engine.restore_snapshot(NAME, KEPT, revival).await.unwrap();
+                engine.delete_snapshot(KEPT).await.unwrap();
+            }
+        }
     }
 
     /// What the scenario itself disturbs.
@@ -264,9 +331,9 @@ impl Scenario {
         lab.run(async {
             let first = tokio::spawn(command(engine.clone(), world.clone(), self.op));
             let Some((when, then)) = self.then else {
-                let answer = first.await.unwrap();
+                let answer = answered(first.await);
                 if !world.crashed() {
-                    let _ = settled(&engine, &world, NAME, patience).await;
+                    settle(&engine, &world, patience).await;
                 }
                 return answer;
             };
@@ -280,82 +347,13 @@ impl Scenario {
             world.0.released.notify_one();
             let answer = match first {
                 Ok(answer) => answer,
-                Err(first) => first.await.unwrap(),
+                Err(first) => answered(first.await),
             };
-            let _ = second.await.unwrap();
+            let _ = answered(second.await);
             if !world.crashed() {
-                let _ = settled(&engine, &world, NAME, patience).await;
+                settle(&engine, &world, patience).await;
             }
             answer
         })
     }
-}
-
-async fn arrival(world: &World, when: When) {
-    match when {
-        When::Call(_) => world.0.stalled.notified().await,
-        When::Point(name) => loop {
-            let notified = world.0.reached.notified();
-            let step = Step::new(&format!("point {name}"), 1);
-            if world.state().steps.seen.contains(&step) {
-                return;
-            }
-            notified.await;
-        },
-    }
-}
-
-type Answer = Result<(), EngineError>;
-type Asked = tokio::task::JoinHandle<Answer>;
-
-/// The answer if it comes before `due`.
-async fn until(mut asked: Asked, due: impl Future<Output = ()>) -> Result<Answer, Asked> {
-    tokio::select! {
-        answer = &mut asked => Ok(answer.unwrap()),
-        () = due => Err(asked),
-    }
-}
-
-pub async fn command(engine: Engine, world: World, op: Op) -> Answer {
-    match op {
-        Op::Create => engine.create(Lab::request(NAME)).await.map(drop),
-        Op::Start => engine
-            .start(NAME, StartOverrides::default(), false)
-            .await
-            .map(drop),
-        Op::StartDiscarding => engine
-            .start(NAME, StartOverrides::default(), true)
-            .await
-            .map(drop),
-        Op::Standby => engine.standby(NAME, false).await.map(drop),
-        Op::Restore => engine.restore(NAME).await.map(drop),
-        Op::Stop => engine.stop(NAME).await.map(drop),
-        Op::Delete => engine.delete(NAME, true).await,
-        Op::Discard => engine.delete(NAME, false).await,
-        Op::PowerOff | Op::Death => by_itself(engine, world, op).await,
-    }
-}
-
-async fn by_itself(engine: Engine, world: World, op: Op) -> Answer {
-    let id = engine.get(NAME)?.id.clone();
-    let pid = {
-        let state = world.state();
-        let mut all = state.vmms.iter();
-        all.find(|(_, vmm)| vmm.instance == id).map(|(pid, _)| *pid)
-    };
-    if let Some(pid) = pid {
-        let guest = world.state().guest_of(pid);
-        match (op, guest) {
-            (Op::PowerOff, Some(guest)) => guest.power_off(&world, pid),
-            _ => world.state().end(pid),
-        }
-    }
-    // Booked by whoever observes it; a crash there ends the wait, too.
-    let stopped = async {
-        while !world.crashed() && engine.get(NAME)?.state() != State::Stopped {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
-        Ok(())
-    };
-    tokio::time::timeout(PATIENCE / 2, stopped).await.unwrap()
 }

@@ -2,46 +2,35 @@
 //!
 //! ```text
 //!   a guest is a counter:  ───resume: new generation──> memory file, overlay
-//!                          ───save──> state file { generation, counter }
+//!   and an identity        ───save──> state file { generation, counter, identity }
 //!                          <──load─── only if state, memory and overlay are of one generation
 //! ```
 //! So device state that is loaded on memory or disks that ran on, the one thing that must never
-//! happen, is seen at once and noted in [`World::violations`].
+//! happen, is seen at once and noted in [`State::violations`]. A guest that boots is who its config disk says; one
+//! that wakes with another's memory is that other one until its agent was told.
 use std::{
-    collections::BTreeMap,
-    io::{Read, Seek, SeekFrom, Write},
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use doze_agent::config;
 use doze_engine::{CommitStep, KillPoint, KillSwitch};
 use doze_host::process::ProcessId;
 use doze_vmm::{MachineDescription, MachineStatus, VmmError};
-use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, watch};
 
 use crate::{
-    guest::Guest,
+    content::{self, Content, Saved},
+    guest::{Frozen, Guest},
     steps::{Act, Crash, Steps, quiet_crashes},
 };
-
-/// What memory, overlay and state file say of the guest.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Content {
-    pub generation: u64,
-    pub counter: u64,
-    /// Index of its endpoint, which is part of its memory.
-    guest: usize,
-}
-
-/// Bytes at the begin of memory and at the end of the overlay.
-const CONTENT: usize = 256;
 
 pub struct Vmm {
     pub process: ProcessId,
     pub instance: String,
     pub memory: PathBuf,
-    overlay: PathBuf,
+    pub overlay: PathBuf,
     pub status: watch::Sender<MachineStatus>,
     pub content: Content,
     /// Spawned to load, nothing loaded yet.
@@ -55,6 +44,8 @@ pub struct Habits {
     pub mute: bool,
     /// Guests do not power off when they are asked to.
     pub deaf: bool,
+    /// Copies do not take the identity that they are given.
+    pub stubborn: bool,
 }
 
 #[derive(Default)]
@@ -63,10 +54,14 @@ pub struct State {
     next_pid: i32,
     generations: u64,
     pub guests: Vec<Arc<Guest>>,
+    frozen: Vec<Frozen>,
     pub steps: Steps,
     pub violations: Vec<String>,
+    /// Instances whose VMM died by itself.
+    pub died: BTreeSet<String>,
     pub habits: Habits,
     points: Vec<KillPoint>,
+    moves: u64,
 }
 
 pub struct Shared {
@@ -107,7 +102,11 @@ impl World {
 
     /// Ends the driver here when that is planned.
     pub fn hit(&self, label: &str) -> Option<Act> {
-        let act = self.state().steps.hit(label);
+        let act = {
+            let mut state = self.state();
+            state.moves += 1;
+            state.steps.hit(label)
+        };
         if act == Some(Act::Crash) {
             std::panic::panic_any(Crash);
         }
@@ -139,6 +138,11 @@ impl World {
         self.state().points.clone()
     }
 
+    /// Grows with everything the server does.
+    pub fn moves(&self) -> u64 {
+        self.state().moves
+    }
+
     pub fn crashed(&self) -> bool {
         self.state().steps.crashed
     }
@@ -156,7 +160,7 @@ impl World {
         let vmm = state.vmms.values_mut().find(|vmm| vmm.instance == instance);
         let vmm = vmm.expect("a live machine");
         vmm.content.counter += 1;
-        vmm.write_memory().unwrap();
+        vmm.write().unwrap();
     }
 
     /// The power fails: no VMM survives.
@@ -165,6 +169,13 @@ impl World {
         for pid in all {
             self.state().end(pid);
         }
+    }
+
+    /// Whether nobody but itself is what the one live guest of this instance takes itself for.
+    pub fn is_itself(&self, instance: &str) -> bool {
+        let state = self.state();
+        let mut live = state.vmms.values().filter(|vmm| vmm.instance == instance);
+        live.all(|vmm| vmm.content.identity == config::machine_id(instance))
     }
 }
 
@@ -183,6 +194,13 @@ impl State {
         if alive {
             self.violations.push("a second VMM is started".to_owned());
         }
+        let disks = machine.disks.iter().find(|disk| !disk.read_only);
+        let overlay = disks.unwrap().path.clone();
+        self.check_places(machine, &overlay);
+        let identity = match load {
+            true => String::new(),
+            false => self.configured(machine).map_err(|e| io("config disk", e))?,
+        };
         let size = machine.memory.check_size(machine.memory_bytes);
         match load {
             true => size.map_err(|e| io("mapping memory", e))?,
@@ -207,8 +225,7 @@ impl State {
         if !load {
             self.guests.push(Arc::default());
         }
-        let disks = machine.disks.iter().find(|disk| !disk.read_only);
-        let mut vmm = Vmm {
+        let vmm = Vmm {
             process: ProcessId {
                 pid: 1_000_000_000 + pid,
                 start_ticks: u64::from(pid.unsigned_abs()),
@@ -216,21 +233,51 @@ impl State {
             },
             instance: machine.id.clone(),
             memory: machine.memory.path.clone(),
-            overlay: disks.unwrap().path.clone(),
+            overlay,
             status,
             content: Content {
                 generation: 0,
                 counter: 0,
+                identity,
                 guest: self.guests.len().saturating_sub(1),
             },
             waits: load,
             task,
         };
         if !load {
-            vmm.write_memory().map_err(|e| io("writing memory", e))?;
+            content::write(&vmm.memory, content::MEMORY_AT, &vmm.content)
+                .map_err(|e| io("writing memory", e))?;
         }
         self.vmms.insert(pid, vmm);
         Ok(pid)
+    }
+
+    /// What a machine writes to must be its own.
+    fn check_places(&mut self, machine: &MachineDescription, overlay: &Path) {
+        let own =
+            |path: &Path| path.parent().and_then(Path::file_name) == Some(machine.id.as_ref());
+        let places = [&machine.memory.path, &machine.run_dir, &machine.vmm_log];
+        for path in places.into_iter().map(PathBuf::as_path).chain([overlay]) {
+            if !own(path) {
+                let text = format!("a machine of {} uses {}", machine.id, path.display());
+                self.violations.push(text);
+            }
+        }
+    }
+
+    /// Who its config disk says that a guest is.
+    fn configured(&mut self, machine: &MachineDescription) -> std::io::Result<String> {
+        let disk = machine
+            .disks
+            .iter()
+            .find(|disk| disk.serial == config::CONFIG_SERIAL);
+        let config = std::fs::read(&disk.unwrap().path)?;
+        let config = config::decode(&config).expect("the engine's own config disk");
+        if config.instance_id != machine.id {
+            self.violations
+                .push("it boots with the config of another one".into());
+        }
+        Ok(config::machine_id(&config.instance_id))
     }
 
     pub fn key(&self, process: &ProcessId) -> Option<i32> {
@@ -243,6 +290,14 @@ impl State {
         self.vmms
             .get_mut(&pid)
             .ok_or(VmmError::Exited { during, log })
+    }
+
+    /// A VMM ends without anybody wanting it.
+    pub fn die(&mut self, pid: i32) {
+        if let Some(vmm) = self.vmms.get(&pid) {
+            self.died.insert(vmm.instance.clone());
+        }
+        self.end(pid);
     }
 
     pub fn end(&mut self, pid: i32) {
@@ -267,10 +322,10 @@ impl State {
         match status {
             MachineStatus::Prelaunch | MachineStatus::Paused => {
                 vmm.content.generation = generation;
-                vmm.write_memory()
-                    .and_then(|()| vmm.write_overlay())
-                    .map_err(|e| refused(&e.to_string()))?;
+                vmm.write().map_err(|e| refused(&e.to_string()))?;
+                let guest = vmm.content.guest;
                 vmm.status.send_replace(MachineStatus::Running);
+                self.guests[guest].ran(generation);
                 Ok(())
             }
             MachineStatus::Running | MachineStatus::Shutdown => Ok(()),
@@ -306,7 +361,27 @@ impl State {
         }
     }
 
-    pub fn load(&mut self, pid: i32, saved: &Content) -> Result<(), VmmError> {
+    /// What the state file of a machine that stands still says.
+    pub fn save(&mut self, pid: i32) -> Result<Saved, VmmError> {
+        let vmm = self.live(pid, "save")?;
+        let (paused, content, instance) = (
+            *vmm.status.borrow() == MachineStatus::Paused,
+            vmm.content.clone(),
+            vmm.instance.clone(),
+        );
+        if !paused {
+            let text = "a machine is saved that is not paused".to_owned();
+            self.violations.push(text);
+        }
+        self.frozen.push(self.guests[content.guest].freeze());
+        Ok(Saved {
+            content,
+            instance,
+            frozen: self.frozen.len() - 1,
+        })
+    }
+
+    pub fn load(&mut self, pid: i32, saved: &Saved) -> Result<(), VmmError> {
         let vmm = self.live(pid, "load")?;
         let refused = |message: String| VmmError::Refused {
             command: "load",
@@ -315,11 +390,11 @@ impl State {
         if !vmm.waits {
             return Err(refused("it does not wait for a load".into()));
         }
-        let memory = read_content(&vmm.memory, SeekFrom::Start(0));
-        let overlay = read_content(&vmm.overlay, SeekFrom::End(-(CONTENT as i64)));
+        let memory = content::of_memory(&vmm.memory);
+        let overlay = content::of_overlay(&vmm.overlay);
         let memory = memory.map_err(|e| refused(format!("memory: {e}")))?;
         let overlay = overlay.map_err(|e| refused(format!("overlay: {e}")))?;
-        if memory != *saved || overlay.generation != saved.generation {
+        if memory != saved.content || overlay != saved.content {
             let text = format!("loading {saved:?} on memory {memory:?} and overlay {overlay:?}");
             self.violations.push(text.clone());
             return Err(refused(text));
@@ -327,7 +402,26 @@ impl State {
         vmm.waits = false;
         vmm.content = memory;
         vmm.status.send_replace(MachineStatus::Paused);
+        let same = vmm.instance == saved.instance;
+        // One that ran on since, or is another one's, knows no more than what was frozen.
+        if !same || self.guests[saved.content.guest].last_ran() != saved.content.generation {
+            let thawed = Guest::thaw(self.frozen[saved.frozen].clone());
+            self.guests.push(Arc::new(thawed));
+            let guest = self.guests.len() - 1;
+            self.live(pid, "load")?.content.guest = guest;
+        }
         Ok(())
+    }
+
+    /// The running guest becomes somebody. `false`: it stands still.
+    pub fn become_somebody(&mut self, pid: i32, identity: &str) -> bool {
+        match self.vmms.get_mut(&pid) {
+            Some(vmm) if *vmm.status.borrow() == MachineStatus::Running => {
+                vmm.content.identity = identity.to_owned();
+                vmm.write().is_ok()
+            }
+            Some(_) | None => false,
+        }
     }
 
     pub fn guest_of(&self, pid: i32) -> Option<Arc<Guest>> {
@@ -337,28 +431,8 @@ impl State {
 }
 
 impl Vmm {
-    fn write_memory(&mut self) -> std::io::Result<()> {
-        write_content(&self.memory, SeekFrom::Start(0), &self.content)
+    fn write(&mut self) -> std::io::Result<()> {
+        content::write(&self.memory, content::MEMORY_AT, &self.content)?;
+        content::write(&self.overlay, content::OVERLAY_AT, &self.content)
     }
-
-    fn write_overlay(&mut self) -> std::io::Result<()> {
-        let at = SeekFrom::End(-(CONTENT as i64));
-        write_content(&self.overlay, at, &self.content)
-    }
-}
-
-fn write_content(path: &Path, at: SeekFrom, content: &Content) -> std::io::Result<()> {
-    let mut file = std::fs::OpenOptions::new().write(true).open(path)?;
-    file.seek(at)?;
-    let mut bytes = serde_json::to_vec(content)?;
-    bytes.resize(CONTENT, b' ');
-    file.write_all(&bytes)
-}
-
-fn read_content(path: &Path, at: SeekFrom) -> std::io::Result<Content> {
-    let mut file = std::fs::File::open(path)?;
-    file.seek(at)?;
-    let mut bytes = vec![0; CONTENT];
-    file.read_exact(&mut bytes)?;
-    Ok(serde_json::from_slice(&bytes)?)
 }
