@@ -1,8 +1,5 @@
 //! What all of this costs in disk and memory.
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Instant};
 
 use doze_host::{files, usage};
 
@@ -12,9 +9,6 @@ use crate::{
     context::{Context, blocking, io_error},
     instance::{MEMORY, OVERLAY, SNAPSHOT},
 };
-
-/// How old a measurement may be that is answered with.
-const FRESH: Duration = Duration::from_secs(1);
 
 impl Engine {
     /// Bytes of disk that a snapshot's files hold; extents it shares with others count, too.
@@ -31,18 +25,21 @@ impl Engine {
         .map_err(io_error("measuring a snapshot"))
     }
 
-    /// Measures the disk: looks at every file of ours, so one after the other and not more often than every
-    /// second.
+    /// Measures the disk: looks at every file of ours, so one after the other; those who ask at the
+    /// same time share one answer.
     pub async fn disk_usage(&self) -> Result<DiskUsage, EngineError> {
         let ctx = self.shared.ctx.clone();
+        let asked = Instant::now();
         let mut last = ctx.measured.lock().await;
-        if let Some((at, usage)) = &*last
-            && at.elapsed() < FRESH
+        // Those who came while it was measured for somebody else share what began after they had asked.
+        if let Some((begun, usage)) = &*last
+            && *begun > asked
         {
             return Ok(usage.clone());
         }
+        let begun = Instant::now();
         let usage = self.measure_disk(ctx.clone()).await?;
-        *last = Some((Instant::now(), usage.clone()));
+        *last = Some((begun, usage.clone()));
         Ok(usage)
     }
 
