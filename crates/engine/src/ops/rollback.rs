@@ -24,7 +24,7 @@ use crate::{
     EngineError, StartOverrides, TargetState,
     context::{blocking, io_error},
     copies::{self, Durable, Home},
-    instance::{Instance, MEMORY, OVERLAY, SNAPSHOT, vmm_error},
+    instance::{Instance, MEMORY, OVERLAY, SNAPSHOT},
     kill::KillPoint,
     store::PendingRollback,
 };
@@ -204,10 +204,15 @@ async fn finish(instance: &mut Instance) -> Result<(), EngineError> {
     Ok(())
 }
 
-/// The guest that runs gives way. One whose VMM was gone before is booked up to its last sign of life.
+/// The guest that runs gives way. One that ended before is booked up to its last sign of life.
 async fn end_machine(instance: &mut Instance) -> Result<(), EngineError> {
     let status = match &instance.live {
-        Some(live) => live.machine.status().await.map_err(vmm_error)?,
+        // One that does not answer is killed, which needs no answer.
+        Some(live) => live
+            .machine
+            .status()
+            .await
+            .unwrap_or(MachineStatus::Running),
         None => MachineStatus::Gone,
     };
     let last_seen = crate::life_sign::last_seen(instance).await?;
@@ -217,12 +222,9 @@ async fn end_machine(instance: &mut Instance) -> Result<(), EngineError> {
         return Ok(());
     }
     let failure = None;
-    let gone = match status {
-        MachineStatus::Gone => Fact::MachineFoundGone { failure, last_seen },
-        MachineStatus::Prelaunch | MachineStatus::Running | MachineStatus::Paused => {
-            Fact::MachineGone { failure }
-        }
-        MachineStatus::Shutdown | MachineStatus::Failed => Fact::MachineGone { failure },
+    let gone = match super::stop::is_off(status) {
+        true => Fact::MachineFoundGone { failure, last_seen },
+        false => Fact::MachineGone { failure },
     };
     instance.commit(gone).await
 }

@@ -18,6 +18,7 @@ mod billing;
 mod cli;
 mod copies;
 mod crash;
+mod crash_copies;
 mod crash_standby;
 mod exec;
 mod hosts;
@@ -64,6 +65,7 @@ fn groups(points: &[String]) -> Result<Vec<Group>> {
     groups.extend(crash::groups(points)?);
     let sample = Sample::from_env()?;
     groups.extend(crash_standby::groups(points, &sample)?);
+    groups.extend(crash_copies::groups(points, &sample)?);
     groups.extend(standby_disk::groups(&sample));
     groups.extend(standby_faults::groups(&sample));
     groups.extend(copies::groups());
