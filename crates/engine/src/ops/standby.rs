@@ -145,12 +145,13 @@ async fn make_snapshot(
     mark(&place).await?;
     laps.lap("durable");
     instance.reach(KillPoint::StandbyMarked);
-    if let Some(attempt) = auto
-        && let Err(somebody) = attempt.last_look(instance).await
-    {
-        // Nobody was told yet.
-        unmark(&place).await?;
-        return Err(somebody);
+    if let Some(attempt) = auto {
+        if let Err(somebody) = attempt.last_look(instance).await {
+            // Nobody was told yet.
+            unmark(&place).await?;
+            return Err(somebody);
+        }
+        laps.lap("looked again");
     }
     if let Err(error) = instance.commit(Fact::SnapshotCommitted).await {
         // Nobody was told, and the guest has not run since: it goes on, but not with the mark there.

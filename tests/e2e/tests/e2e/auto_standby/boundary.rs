@@ -24,7 +24,7 @@ const IDLE: Duration = Duration::from_millis(700);
 /// later the next time, and whoever found a sleeper earlier, so that the rounds gather around the commit however
 /// fast the machine is.
 const FIRST: i64 = 150;
-const STEP: i64 = 15;
+const STEP: i64 = 30;
 const SPREAD: i64 = 90;
 const RANGE: std::ops::RangeInclusive<i64> = -50..=3000;
 /// Beyond this a client hangs.
@@ -66,9 +66,6 @@ async fn case(world: &World, mut random: Random, rounds: usize, seed: u64) -> Re
     world.server.start_with(&one).await?;
     let api = world.api().await?;
     let pair = [redis(world, "left").await?, redis(world, "right").await?];
-    for (id, _) in &pair {
-        set(api, id, &on(IDLE)).await?;
-    }
     let mut tally = Tally::default();
     let mut around = [FIRST; 2];
     for round in 0..rounds {
@@ -111,17 +108,18 @@ async fn one_round(
     pair: &[(String, SocketAddr); 2],
     offsets: [i64; 2],
 ) -> Result<[Fared; 2]> {
-    // Both are served and left at the same moment.
-    for (id, _) in pair {
-        if api.instance(id).await?["state"] == "Standby" {
-            restore(api, id).await?;
-        }
-    }
-    for (_, address) in pair {
+    // Both are awake and answer; then both may sleep from the same moment on.
+    for (id, address) in pair {
+        set(api, id, &json!({"enabled": false})).await?;
+        awake(api, id).await?;
         ping(connect(*address)?.0)
             .await
             .context("between two rounds")?;
     }
+    let on = on(IDLE);
+    let (left, right) = tokio::join!(set(api, &pair[0].0, &on), set(api, &pair[1].0, &on));
+    left?;
+    right?;
     let due = Instant::now() + IDLE;
     let fare = |index: usize| {
         let (id, address) = &pair[index];
@@ -139,31 +137,54 @@ async fn one_client(api: &Api, id: &str, address: SocketAddr, at: Instant) -> Re
     let (stream, sent) = connect(address)?;
     let mut served = Box::pin(ping(stream));
     let end = Instant::now() + HANGS;
-    let mut asleep = false;
-    let outcome = loop {
+    loop {
         tokio::select! {
-            outcome = &mut served => break outcome,
+            outcome = &mut served => match outcome {
+                Ok(()) => return Ok(Fared::Served),
+                // A sleeper does not answer who asks for its address.
+                Err(error) if !found_a_sleeper(api, id, sent).await? => {
+                    return Err(error.context(format!("a client of {sent}")));
+                }
+                Err(_) => break,
+            },
             () = tokio::time::sleep(Duration::from_millis(20)) => {}
         }
-        let instance = api.instance(id).await?;
-        ensure!(Instant::now() < end, "its client hangs: {instance}");
-        if instance["state"] == "Standby" && instance["current_phase"] == "standby" {
-            let committed = committed_at(api, id).await?;
-            ensure!(
-                sent >= committed,
-                "it sleeps under a client whose first packet came {} ms before the commit",
-                committed - sent
-            );
-            asleep = true;
-            // What wakes it by itself is yet to be built; the client tries again by itself.
-            restore(api, id).await?;
+        ensure!(
+            Instant::now() < end,
+            "its client hangs: {}",
+            api.instance(id).await?
+        );
+        if found_a_sleeper(api, id, sent).await? {
+            break;
         }
-    };
-    outcome.with_context(|| format!("a client of {sent} (found a sleeper: {asleep})"))?;
-    Ok(match asleep {
-        true => Fared::FoundASleeper,
-        false => Fared::Served,
-    })
+    }
+    // What wakes it by itself is yet to be built. Whoever comes then is served.
+    set(api, id, &json!({"enabled": false})).await?;
+    awake(api, id).await?;
+    ping(connect(address)?.0).await.context("after waking it")?;
+    Ok(Fared::FoundASleeper)
+}
+
+/// Whether it sleeps; an error if the client's first packet had come before the commit.
+async fn found_a_sleeper(api: &Api, id: &str, sent: i128) -> Result<bool> {
+    let instance = api.instance(id).await?;
+    if instance["state"] != "Standby" {
+        return Ok(false);
+    }
+    let committed = committed_at(api, id).await?;
+    ensure!(
+        sent >= committed,
+        "it sleeps under a client whose first packet came {} ms before the commit",
+        committed - sent
+    );
+    Ok(true)
+}
+
+async fn awake(api: &Api, id: &str) -> Result<()> {
+    if api.instance(id).await?["state"] == "Standby" {
+        restore(api, id).await?;
+    }
+    api.wait(id, "Running", 90).await
 }
 
 /// When the last standby's snapshot was marked valid, by the instance's own log: Unix milliseconds, cut off.
