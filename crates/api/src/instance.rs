@@ -6,7 +6,7 @@ use utoipa::ToSchema;
 
 use crate::policy::{
     AutoStandbyPolicy, CredentialPolicy, EgressPolicy, GpuConfig, HealthCheck, RestartPolicy,
-    SnapshotPolicy, VolumeMount,
+    SnapshotCompressionConfig, SnapshotPolicy, VolumeMount,
 };
 
 /// State of an instance.
@@ -410,6 +410,54 @@ pub struct Instance {
     /// Absent when it was never given one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub auto_standby: Option<AutoStandbyPolicy>,
+    /// Absent when it was never given one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot_policy: Option<SnapshotPolicy>,
+    /// Addition of doze: what becomes of the memory of an instance that sleeps. Absent when it is kept as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub standby_compression: Option<StandbyCompression>,
+}
+
+/// How far the compression of a sleeping instance's memory is. An addition of doze.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct StandbyCompression {
+    pub state: StandbyCompressionState,
+    pub compression: SnapshotCompressionConfig,
+    /// RFC 3339, UTC: it does not begin before this.
+    #[schema(format = DateTime)]
+    pub due_at: String,
+    /// Why it failed; the memory is kept as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// Bytes of the compressed memory, once it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compressed_size_bytes: Option<u64>,
+    /// Bytes of the memory.
+    pub uncompressed_size_bytes: u64,
+}
+
+/// - pending: it waits for its time or its turn
+/// - compressing: it is at work
+/// - compressed: it is done
+/// - error: it failed
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum StandbyCompressionState {
+    Pending,
+    Compressing,
+    Compressed,
+    Error,
+}
+
+impl StandbyCompressionState {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            StandbyCompressionState::Pending => "pending",
+            StandbyCompressionState::Compressing => "compressing",
+            StandbyCompressionState::Compressed => "compressed",
+            StandbyCompressionState::Error => "error",
+        }
+    }
 }
 
 /// Network of an instance.

@@ -39,8 +39,8 @@ pub use exec::{EndOfInputFrame, ExecExit, ExecResize, ExecStart, MAX_FRAME, Resi
 pub use image::{Image, ImageStatus, ImportEvent};
 pub use instance::{
     CreateInstanceRequest, CreateNetwork, Hypervisor, Instance, InstanceNetwork, InstancePhases,
-    InstanceState, LogSource, PhaseTransition, StandbyInstanceRequest, StartInstanceRequest,
-    WaitForStateResponse,
+    InstanceState, LogSource, PhaseTransition, StandbyCompression, StandbyCompressionState,
+    StandbyInstanceRequest, StartInstanceRequest, WaitForStateResponse,
 };
 pub use resources::{DiskBreakdown, ResourceAllocation, ResourceStatus, Resources};
 pub use size::{SizeError, format_size, parse_size};

@@ -130,14 +130,46 @@ pub struct SnapshotPolicy {
     pub standby_compression_delay: Option<String>,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
+/// Whether and how memory is compressed. When it is not enabled, nothing else of it counts, whatever it says.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(try_from = "AnyCompressionConfig")]
 pub struct SnapshotCompressionConfig {
     pub enabled: bool,
+    /// zstd when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub algorithm: Option<CompressionAlgorithm>,
+    /// zstd: 1 to 19, 1 when absent; lz4: 0 to 9, 0 when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub level: Option<i32>,
+}
+
+/// As it arrives.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AnyCompressionConfig {
+    enabled: bool,
+    #[serde(default)]
+    algorithm: serde_json::Value,
+    #[serde(default)]
+    level: serde_json::Value,
+}
+
+impl TryFrom<AnyCompressionConfig> for SnapshotCompressionConfig {
+    type Error = String;
+
+    fn try_from(any: AnyCompressionConfig) -> Result<Self, String> {
+        if !any.enabled {
+            return Ok(Self::default());
+        }
+        let (algorithm, level) = (any.algorithm, any.level);
+        Ok(Self {
+            enabled: true,
+            algorithm: serde_json::from_value(algorithm.clone())
+                .map_err(|_| format!("algorithm: {algorithm} is not one; allowed: zstd, lz4"))?,
+            level: serde_json::from_value(level.clone())
+                .map_err(|_| format!("level: {level} is not a whole number; allowed: 1 to 19 with zstd, 0 to 9 with lz4"))?,
+        })
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]

@@ -18,8 +18,8 @@ use doze_vmm::{
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::{
-    EngineConfig, EngineError, Monitors, Snapshot, kill::KillSwitch, metrics::Metrics,
-    snapshots::catalog::Catalog, store::Store,
+    EngineConfig, EngineError, Monitors, Snapshot, compression::Compressions, kill::KillSwitch,
+    metrics::Metrics, snapshots::catalog::Catalog, store::Store,
 };
 
 pub struct Context {
@@ -43,6 +43,7 @@ pub struct Context {
     /// Whether files of `data_dir` can share blocks.
     pub reflinks: bool,
     pub snapshots: Catalog,
+    pub compression: Compressions,
     /// When the disk was measured last, and what was found.
     pub measured: tokio::sync::Mutex<Option<(std::time::Instant, crate::DiskUsage)>>,
 }
@@ -69,6 +70,7 @@ impl Context {
         } = opened;
         let restores = Arc::new(Semaphore::new(config.limits.max_concurrent_restores.max(1)));
         let kill = config.kill.clone();
+        let compression = Compressions::new(config.snapshot);
         Context {
             config,
             store: store.watched(kill.clone()),
@@ -86,6 +88,7 @@ impl Context {
             total_memory,
             reflinks,
             snapshots: Catalog::new(snapshots),
+            compression,
             measured: tokio::sync::Mutex::default(),
         }
     }

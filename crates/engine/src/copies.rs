@@ -20,6 +20,7 @@ use doze_vmm::{MachineDescription, Nic};
 
 use crate::{
     NetworkClaim,
+    compression::files as memory_files,
     instance::{APP_LOG, CONFIG, MEMORY, OVERLAY, RUN_DIR, SNAPSHOT, VMM_LOG},
 };
 
@@ -36,7 +37,8 @@ pub fn clone_rest(
     files::create_private_dir(to)?;
     clone_file(from, to, OVERLAY, cancelled)?;
     if memory {
-        clone_file(from, to, MEMORY, cancelled)?;
+        // The form that counts, and only that.
+        clone_file(from, to, memory_files::held(from)?, cancelled)?;
         let (from, to) = (from.join(SNAPSHOT), to.join(SNAPSHOT));
         files::create_private_dir(&to)?;
         for entry in fs::read_dir(&from)? {
@@ -56,7 +58,7 @@ pub fn clone_file(from: &Path, to: &Path, name: &str, cancelled: Cancelled<'_>) 
 pub fn bytes_to_copy(dir: &Path, memory: bool) -> io::Result<u64> {
     let overlay = clone::bytes_to_copy(&dir.join(OVERLAY))?;
     let memory = match memory {
-        true => clone::bytes_to_copy(&dir.join(MEMORY))?,
+        true => clone::bytes_to_copy(&dir.join(memory_files::held(dir)?))?,
         false => 0,
     };
     Ok(overlay + memory)
@@ -78,7 +80,7 @@ pub fn sync(dir: &Path, what: Durable) -> io::Result<()> {
             fs::File::open(entry?.path())?.sync_all()?;
         }
         files::fsync_dir(&place)?;
-        fs::File::open(dir.join(MEMORY))?.sync_all()?;
+        fs::File::open(dir.join(memory_files::held(dir)?))?.sync_all()?;
     }
     fs::File::open(dir.join(OVERLAY))?.sync_all()?;
     files::fsync_dir(dir)

@@ -14,7 +14,7 @@ use doze_lifecycle::{Admission, Cause, Command, Fact, Operation, admission::admi
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
-    EngineError, InstanceView, StartOverrides,
+    EngineError, InstanceView, StandbyOptions, StartOverrides,
     auto_standby::Attempt,
     instance::{Instance, Published},
     observe::idle,
@@ -39,8 +39,8 @@ pub enum Message {
         reply: Reply,
     },
     Standby {
-        /// The request says how the snapshot is to be kept.
-        options: bool,
+        /// How the memory is to be kept.
+        options: StandbyOptions,
         /// Not a user wants it, but nobody wanted the instance.
         auto: Option<Arc<Attempt>>,
         reply: Reply,
@@ -96,7 +96,9 @@ impl Message {
                 discard_memory: *discard_memory,
             }),
             Message::Stop { .. } => Some(Command::Stop),
-            Message::Standby { options, .. } => Some(Command::Standby { options: *options }),
+            Message::Standby { options, .. } => Some(Command::Standby {
+                options: options.wants_something(),
+            }),
             Message::Restore { .. } => Some(Command::Restore),
             Message::Delete { graceful, .. } => Some(Command::Delete {
                 graceful: *graceful,
@@ -105,6 +107,25 @@ impl Message {
             Message::Rollback { .. } => Some(Command::Rollback),
             Message::Create { .. } | Message::Fork { .. } | Message::Update { .. } => None,
             Message::Recover { .. } | Message::Retire { .. } => None,
+        }
+    }
+
+    /// Who comes before a compression of the memory; `None`: whoever does not touch it.
+    fn needs_files(&self) -> Option<&'static str> {
+        match self {
+            Message::Start { .. } => Some("start"),
+            Message::Stop { .. } => Some("stop"),
+            Message::Restore { .. } => Some("restore"),
+            Message::Delete { .. } => Some("delete"),
+            Message::Capture {
+                command: Command::Fork { .. },
+                ..
+            } => Some("fork"),
+            Message::Capture { .. } => Some("snapshot"),
+            Message::Rollback { .. } => Some("snapshot_restore"),
+            // None of them is about an instance that sleeps already.
+            Message::Create { .. } | Message::Fork { .. } | Message::Standby { .. } => None,
+            Message::Update { .. } | Message::Recover { .. } | Message::Retire { .. } => None,
         }
     }
 
@@ -174,7 +195,10 @@ pub async fn run(
     mut mailbox: mpsc::Receiver<Message>,
     forget: impl Fn(),
 ) {
-    let mut holding = Holding::Idle(Box::new(instance));
+    let mut instance = Box::new(instance);
+    // What the last server did not get to.
+    instance.follow_up();
+    let mut holding = Holding::Idle(instance);
     let mut waiting: VecDeque<Message> = VecDeque::new();
     loop {
         holding = match holding {
@@ -187,6 +211,7 @@ pub async fn run(
                     },
                 };
                 if let Message::Retire { reply } = message {
+                    instance.halt_compression("shutdown").await;
                     // The asker may have given up waiting.
                     let _ = reply.send(());
                     return;
@@ -325,127 +350,23 @@ fn begin(mut instance: Box<Instance>, mut message: Message) -> Holding {
         } => attempt.cancel(),
         _ => Cancel::new(),
     };
-    let token = cancel.clone();
     instance.on_behalf = Some(message.cause());
-    let work: Pin<Box<dyn Future<Output = Done> + Send>> = match &mut message {
-        Message::Create { .. } => Box::pin(async move {
-            let (outcome, gone) = ops::create::run(&mut instance, &token).await;
-            Done {
-                instance,
-                outcome,
-                gone,
-            }
-        }),
-        Message::Start { overrides, .. } => {
-            let overrides = overrides.clone();
-            Box::pin(async move {
-                let outcome = ops::start::run(&mut instance, &token, overrides).await;
-                Done {
-                    instance,
-                    outcome,
-                    gone: false,
-                }
-            })
+    let (token, needs_files, task) = (cancel.clone(), message.needs_files(), message.task());
+    let work = Box::pin(async move {
+        // Here, for all of them: nobody else is at work in an instance's files while an operation runs.
+        if let Some(by) = needs_files {
+            instance.halt_compression(by).await;
         }
-        Message::Stop { .. } => Box::pin(async move {
-            let outcome = ops::stop::run(&mut instance, &token).await;
-            Done {
-                instance,
-                outcome,
-                gone: false,
-            }
-        }),
-        Message::Standby { auto, .. } => {
-            let auto = auto.clone();
-            Box::pin(async move {
-                let outcome = ops::standby::run(&mut instance, &token, auto.as_deref()).await;
-                Done {
-                    instance,
-                    outcome,
-                    gone: false,
-                }
-            })
+        let (outcome, gone) = operate(&mut instance, &token, task).await;
+        if !gone {
+            instance.follow_up();
         }
-        Message::Update { auto_standby, .. } => {
-            let auto_standby = auto_standby.clone();
-            Box::pin(async move {
-                let outcome = ops::update::run(&mut instance, auto_standby).await;
-                Done {
-                    instance,
-                    outcome,
-                    gone: false,
-                }
-            })
+        Done {
+            instance,
+            outcome,
+            gone,
         }
-        Message::Restore { .. } => Box::pin(async move {
-            let outcome = ops::restore::run(&mut instance, &token).await;
-            Done {
-                instance,
-                outcome,
-                gone: false,
-            }
-        }),
-        Message::Delete { graceful, .. } => {
-            let graceful = *graceful;
-            Box::pin(async move {
-                let outcome = ops::delete::run(&mut instance, &token, graceful).await;
-                let gone = outcome.is_ok();
-                Done {
-                    instance,
-                    outcome,
-                    gone,
-                }
-            })
-        }
-        Message::Capture { plan, .. } => {
-            let plan = plan.clone();
-            Box::pin(async move {
-                let outcome = ops::capture::run(&mut instance, &token, &plan).await;
-                Done {
-                    instance,
-                    outcome,
-                    gone: false,
-                }
-            })
-        }
-        Message::Fork { plan, .. } => {
-            let plan = plan.clone();
-            Box::pin(async move {
-                let (outcome, gone) = ops::fork::run(&mut instance, &token, &plan).await;
-                Done {
-                    instance,
-                    outcome,
-                    gone,
-                }
-            })
-        }
-        Message::Rollback { plan, .. } => {
-            let plan = plan.take();
-            Box::pin(async move {
-                let outcome = match plan {
-                    Some(plan) => ops::rollback::run(&mut instance, &token, *plan).await,
-                    None => Err(EngineError::Internal {
-                        context: "rollback".into(),
-                        reason: "its plan was taken already".into(),
-                    }),
-                };
-                Done {
-                    instance,
-                    outcome,
-                    gone: false,
-                }
-            })
-        }
-        Message::Recover { .. } | Message::Retire { .. } => Box::pin(async move {
-            let outcome = recovery::run(&mut instance).await;
-            let gone = matches!(outcome, Ok(false));
-            Done {
-                instance,
-                outcome: outcome.map(drop),
-                gone,
-            }
-        }),
-    };
+    });
     Holding::Busy(Busy {
         work,
         cancel,
@@ -453,6 +374,77 @@ fn begin(mut instance: Box<Instance>, mut message: Message) -> Holding {
         joined: Vec::new(),
         interrupters: 0,
     })
+}
+
+/// What a message asks for, without who wants to hear of it.
+enum Task {
+    Create,
+    Start(StartOverrides),
+    Stop,
+    Standby(Option<Arc<Attempt>>, StandbyOptions),
+    Update(Policy),
+    Restore,
+    Delete { graceful: bool },
+    Capture(ops::capture::Plan),
+    Fork(ops::fork::Plan),
+    Rollback(Option<Box<ops::rollback::Plan>>),
+    Recover,
+}
+
+impl Message {
+    fn task(&mut self) -> Task {
+        match self {
+            Message::Create { .. } => Task::Create,
+            Message::Start { overrides, .. } => Task::Start(overrides.clone()),
+            Message::Stop { .. } => Task::Stop,
+            Message::Standby { auto, options, .. } => Task::Standby(auto.clone(), *options),
+            Message::Update { auto_standby, .. } => Task::Update(auto_standby.clone()),
+            Message::Restore { .. } => Task::Restore,
+            Message::Delete { graceful, .. } => Task::Delete {
+                graceful: *graceful,
+            },
+            Message::Capture { plan, .. } => Task::Capture(plan.clone()),
+            Message::Fork { plan, .. } => Task::Fork(plan.clone()),
+            Message::Rollback { plan, .. } => Task::Rollback(plan.take()),
+            Message::Recover { .. } | Message::Retire { .. } => Task::Recover,
+        }
+    }
+}
+
+/// The flag says that nothing of the instance is left.
+async fn operate(
+    instance: &mut Instance,
+    cancel: &Cancel,
+    task: Task,
+) -> (Result<(), EngineError>, bool) {
+    let outcome = match task {
+        Task::Create => return ops::create::run(instance, cancel).await,
+        Task::Fork(plan) => return ops::fork::run(instance, cancel, &plan).await,
+        Task::Delete { graceful } => {
+            let outcome = ops::delete::run(instance, cancel, graceful).await;
+            let gone = outcome.is_ok();
+            return (outcome, gone);
+        }
+        Task::Recover => {
+            let outcome = recovery::run(instance).await;
+            let gone = matches!(outcome, Ok(false));
+            return (outcome.map(drop), gone);
+        }
+        Task::Start(overrides) => ops::start::run(instance, cancel, overrides).await,
+        Task::Stop => ops::stop::run(instance, cancel).await,
+        Task::Standby(auto, options) => {
+            ops::standby::run(instance, cancel, auto.as_deref(), options).await
+        }
+        Task::Update(auto_standby) => ops::update::run(instance, auto_standby).await,
+        Task::Restore => ops::restore::run(instance, cancel).await,
+        Task::Capture(plan) => ops::capture::run(instance, cancel, &plan).await,
+        Task::Rollback(Some(plan)) => ops::rollback::run(instance, cancel, *plan).await,
+        Task::Rollback(None) => Err(EngineError::Internal {
+            context: "rollback".into(),
+            reason: "its plan was taken already".into(),
+        }),
+    };
+    (outcome, false)
 }
 
 /// A message while an operation runs.

@@ -21,8 +21,10 @@ use futures::{StreamExt, stream};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{
-    CreateRequest, EngineConfig, EngineError, InstanceView, LogSource, StartOverrides, WaitOutcome,
+    CompressionMetrics, CreateRequest, EngineConfig, EngineError, InstanceView, LogSource,
+    SnapshotFilter, StandbyOptions, StartOverrides, WaitOutcome,
     auto_standby::Controller,
+    compression::stored,
     context::{Context, Opened, blocking, image_error, io_error},
     driver::{self, Message, Reply},
     instance::{APP_LOG, Instance, OPERATIONS_LOG, VMM_LOG, store_error},
@@ -138,6 +140,9 @@ impl Engine {
             }),
         };
         engine.recover(stored).await;
+        for snapshot in engine.list_snapshots(&SnapshotFilter::default()) {
+            stored::plan(&engine.shared.ctx, &snapshot.id);
+        }
         engine.collect_images().await;
         engine.warm_up();
         tokio::spawn(schedule::keep(Arc::downgrade(&engine.shared)));
@@ -246,6 +251,7 @@ impl Engine {
             machine: None,
             inherited: false,
             rollback: None,
+            compression: None,
         };
         let mut stored = StoredInstance {
             id: new_id(),
@@ -294,6 +300,11 @@ impl Engine {
         views
     }
 
+    /// What became of compressions since this server started.
+    pub fn compression_metrics(&self) -> CompressionMetrics {
+        self.shared.ctx.compression.counters.view()
+    }
+
     /// What happened since this server started.
     pub fn metrics(&self) -> MetricsView {
         self.shared.ctx.metrics.view(|| self.list(), &now())
@@ -320,12 +331,12 @@ impl Engine {
         .await
     }
 
-    /// Puts the guest to sleep; answers when its snapshot is durable and its VMM is gone.
-    /// `options`: the request says how the snapshot is to be kept, which one that sleeps cannot obey.
+    /// Puts the guest to sleep; answers when its snapshot is durable and its VMM is gone, and before its memory is
+    /// compressed. What `options` want an instance that sleeps already cannot obey.
     pub async fn standby(
         &self,
         key: &str,
-        options: bool,
+        options: StandbyOptions,
     ) -> Result<Arc<InstanceView>, EngineError> {
         self.command(key, |reply| Message::Standby {
             options,
@@ -502,7 +513,9 @@ impl Engine {
                 }
             },
         );
-        if tokio::time::timeout(grace, retired).await.is_err() {
+        let stored = &self.shared.ctx.compression.stored;
+        let ended = async { tokio::join!(retired, stored.end()) };
+        if tokio::time::timeout(grace, ended).await.is_err() {
             tracing::warn!("operations still run; the next start finishes or undoes them");
         }
         if let Err(error) = self.shared.heart.beat() {

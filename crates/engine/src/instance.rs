@@ -2,12 +2,13 @@
 use std::{path::PathBuf, sync::Arc};
 
 use doze_agent::client::AgentClient;
-use doze_lifecycle::{Cause, Exit, Fact, ProcessRef, Record, Stamp};
+use doze_lifecycle::{Cause, Exit, Fact, Operation, ProcessRef, Record, Stamp};
 use doze_vmm::{Machine, MachineDescription, MachineStatus};
 use tokio::sync::watch;
 
 use crate::{
-    EngineError, InstanceSpec, InstanceView, NetworkClaim,
+    EngineError, InstanceSpec, InstanceView, MemoryCompression, NetworkClaim,
+    compression::Job,
     context::{Context, io_error},
     kill::KillPoint,
     now,
@@ -71,6 +72,10 @@ pub struct Instance {
     pub inherited: bool,
     /// What a rollback in flight brings it back to.
     pub rollback: Option<Box<PendingRollback>>,
+    /// How its memory is kept while it sleeps, recorded with it; `None`: as it is.
+    pub compression: Option<MemoryCompression>,
+    /// Whoever works at that. There is none while an operation runs.
+    pub compression_job: Option<Job>,
     /// On whose behalf the operation that runs changes things; `None`: at rest, the guest acts for itself.
     pub on_behalf: Option<Cause>,
     published: watch::Sender<Published>,
@@ -90,6 +95,8 @@ impl Instance {
             spec: spec.clone(),
             network: stored.claim.clone(),
             record: record.clone(),
+            compression: stored.document.compression.clone(),
+            compressing: None,
             unknown: None,
         });
         let (published, reader) = watch::channel(Published { view, agent: None });
@@ -105,6 +112,8 @@ impl Instance {
             live: None,
             inherited: stored.document.inherited,
             rollback: stored.document.rollback,
+            compression: stored.document.compression,
+            compression_job: None,
             on_behalf: None,
             published,
         };
@@ -141,12 +150,14 @@ impl Instance {
                 })?;
         }
         let before = self.record.state();
+        // It is about a sleep, and over with it.
+        let asleep = next.has_snapshot() || next.operation() == Some(Operation::Standby);
+        let over = self.compression.take_if(|_| !asleep);
         let document = self.document((*self.spec).clone(), next.clone());
-        self.ctx
-            .store
-            .update(&self.id, document)
-            .await
-            .map_err(store_error)?;
+        if let Err(error) = self.ctx.store.update(&self.id, document).await {
+            self.compression = self.compression.take().or(over);
+            return Err(store_error(error));
+        }
         let ctx = self.ctx.clone();
         let before_ledger = self.record.clone();
         ctx.metrics
@@ -170,6 +181,7 @@ impl Instance {
             machine: self.description.clone(),
             inherited: self.inherited,
             rollback: self.rollback.clone(),
+            compression: self.compression.clone(),
         }
     }
 
@@ -182,6 +194,8 @@ impl Instance {
             spec: self.spec.clone(),
             network: self.claim.clone(),
             record: self.record.clone(),
+            compression: self.compression.clone(),
+            compressing: (self.compression_job.as_ref()).map(|job| job.control().running().clone()),
             unknown: None,
         });
         let agent = self.live.as_ref().map(|live| live.agent.clone());
@@ -364,7 +378,7 @@ pub fn store_error(error: crate::store::StoreError) -> EngineError {
 }
 
 /// An error with its sources, for one line.
-fn chain(error: &dyn std::error::Error) -> String {
+pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {

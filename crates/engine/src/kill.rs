@@ -64,8 +64,12 @@ kill_points! {
     RestoreVerified = "restore.verified",
     /// A VMM waits that no record names.
     RestoreSpawned = "restore.spawned",
+    /// Compressed memory was decompressed; both forms are there.
+    RestoreDecompressed = "restore.decompressed",
     /// It holds the guest's state; its CPUs have not run.
     RestoreLoaded = "restore.loaded",
+    /// What the raw memory was decompressed from is gone; the mark is there.
+    RestoreArtefactDropped = "restore.artefact_dropped",
     /// The mark is gone; the CPUs have not run.
     RestoreConsumed = "restore.consumed",
     /// The CPUs run; the record does not say so.
@@ -116,6 +120,12 @@ kill_points! {
     RollbackRecorded = "rollback.recorded",
     /// A rollback was given up and its files are gone; the record still says rollback.
     RollbackUndone = "rollback.undone",
+    /// Compressed memory has its name beside the raw one.
+    CompressionMade = "compression.made",
+    /// The raw memory is gone; nothing says so.
+    CompressionRawRemoved = "compression.raw_removed",
+    /// It is recorded how the memory is kept.
+    CompressionRecorded = "compression.recorded",
     /// A stop is recorded; the guest knows nothing.
     StopAdmitted = "stop.admitted",
     /// The guest was asked to end.

@@ -16,6 +16,7 @@ use doze_lifecycle::{Stamp, State};
 use doze_vmm::{Hypervisor, boot::KernelSource, qemu::QemuConfig};
 
 mod auto_standby;
+mod compression;
 mod context;
 mod copies;
 mod driver;
@@ -41,6 +42,12 @@ mod view;
 pub use auto_standby::{
     AutoStandbyConfig, AutoStandbyMetrics, AwakeBecause, Reason, Status, StatusWord, TRACKING_MODE,
 };
+pub use compression::{
+    counters::{CompressionMetrics, Histogram, JobResult, Jobs, Labels, Preparation, Source},
+    plan::{MemoryCompression, Progress, Running},
+    policy::{Compression, SnapshotConfig, SnapshotPolicy, StandbyOptions},
+};
+pub use doze_snapshot::{Algorithm, Codec};
 pub use engine::{Engine, Monitors};
 pub use error::EngineError;
 pub use kill::{CommitStep, KillPoint, KillSwitch};
@@ -70,6 +77,7 @@ pub struct EngineConfig {
     pub limits: Limits,
     pub standby: StandbyConfig,
     pub auto_standby: AutoStandbyConfig,
+    pub snapshot: SnapshotConfig,
     /// Where the memory of machines that are booted from now on lives.
     pub memory: doze_vmm::MemoryBacking,
     /// Where, if anywhere, this process is to die; for crash tests.
@@ -138,6 +146,7 @@ pub struct CreateRequest {
     pub network_enabled: Option<bool>,
     pub skip_guest_agent: bool,
     pub auto_standby: Option<doze_host::conntrack::policy::Policy>,
+    pub snapshot_policy: Option<SnapshotPolicy>,
 }
 
 /// Replaces the kept overrides from this start on.

@@ -134,6 +134,8 @@ mod tests {
             spec: Arc::new(serde_json::from_value(spec).unwrap()),
             network: None,
             record: Arc::new(record),
+            compression: None,
+            compressing: None,
             unknown: None,
         })
     }

@@ -22,6 +22,7 @@ pub async fn idle(
 ) -> Option<Message> {
     let mut check = tokio::time::interval_at(Instant::now() + CHECK, CHECK);
     loop {
+        instance.compression_ended().await;
         let mut done = match observe(instance).await {
             Ok(()) => true,
             Err(error) => {
@@ -70,7 +71,11 @@ async fn sleep_until(deadline: Option<Instant>) {
 /// Resolves when the machine or its guest has something new. A side that ended has nothing more to say.
 async fn changed(instance: &mut Instance) {
     let Some(live) = instance.live.as_mut() else {
-        return std::future::pending().await;
+        // What sleeps has no machine, but perhaps somebody at work on its memory.
+        return match &instance.compression_job {
+            Some(job) => job.done().await,
+            None => std::future::pending().await,
+        };
     };
     let status = async {
         if live.status.changed().await.is_err() {

@@ -74,6 +74,7 @@ impl Engine {
                 .unwrap_or(ctx.config.network.is_some()),
             skip_guest_agent: request.skip_guest_agent,
             auto_standby: request.auto_standby,
+            snapshot_policy: request.snapshot_policy,
         })
     }
 }

@@ -36,6 +36,7 @@ pub async fn seed_stopped(
         network_enabled: pool.is_some(),
         skip_guest_agent: false,
         auto_standby: None,
+        snapshot_policy: None,
     };
     for number in 0..count {
         let at = now();
@@ -50,6 +51,7 @@ pub async fn seed_stopped(
                 machine: None,
                 inherited: false,
                 rollback: None,
+                compression: None,
             },
         };
         store.insert(stored, pool).await.map_err(store_error)?;

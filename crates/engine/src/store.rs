@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
 use crate::{
-    InstanceSpec, NetworkClaim, Schedule, Snapshot,
+    InstanceSpec, MemoryCompression, NetworkClaim, Schedule, Snapshot,
     kill::{CommitStep, KillSwitch},
 };
 
@@ -67,6 +67,9 @@ pub struct Document {
     /// What a rollback in flight brings it back to.
     #[serde(default)]
     pub rollback: Option<Box<PendingRollback>>,
+    /// How its memory is kept while it sleeps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compression: Option<MemoryCompression>,
 }
 
 /// What an instance becomes when its rollback is committed, kept until it is.

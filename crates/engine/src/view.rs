@@ -6,6 +6,11 @@ use doze_lifecycle::{Record, Stamp, State};
 use doze_vmm::Hypervisor;
 use serde::{Deserialize, Serialize};
 
+use crate::compression::{
+    plan::{MemoryCompression, Running},
+    policy::SnapshotPolicy,
+};
+
 /// What the user asked for. Changed only by start overrides and by PATCH.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InstanceSpec {
@@ -30,6 +35,9 @@ pub struct InstanceSpec {
     /// `None`: never given one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub auto_standby: Option<Policy>,
+    /// `None`: never given one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot_policy: Option<SnapshotPolicy>,
 }
 
 /// Network claims of an instance, held from create to delete.
@@ -53,6 +61,10 @@ pub struct InstanceView {
     pub network: Option<NetworkClaim>,
     /// State, operation in flight, ledger, exit, start and stop stamps.
     pub record: Arc<Record>,
+    /// How its memory is kept while it sleeps; `None`: as it is.
+    pub compression: Option<MemoryCompression>,
+    /// Whether that is being done.
+    pub compressing: Option<Running>,
     /// Set when the state could not be determined; the wire then says `Unknown`.
     pub unknown: Option<String>,
 }
@@ -60,6 +72,10 @@ pub struct InstanceView {
 impl InstanceView {
     pub fn state(&self) -> State {
         self.record.state()
+    }
+    /// Whether its memory is being compressed, and not only going to be.
+    pub fn is_compressing(&self) -> bool {
+        self.compressing.as_ref().is_some_and(Running::is_running)
     }
     /// Milliseconds per phase up to `now`, the live phase included; phases never entered are absent.
     pub fn phase_durations_ms(&self, now: &Stamp) -> BTreeMap<&'static str, u64> {

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{artefact::Inspection, error::Error};
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Algorithm {
     Zstd,
@@ -39,11 +39,41 @@ impl fmt::Display for Algorithm {
     }
 }
 
-/// An algorithm with a level that it has.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// An algorithm with a level that it has, also when it is read from a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "Unchecked", into = "Unchecked")]
 pub struct Codec {
     algorithm: Algorithm,
     level: u8,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Unchecked {
+    algorithm: Algorithm,
+    level: i64,
+}
+
+impl TryFrom<Unchecked> for Codec {
+    type Error = Error;
+
+    fn try_from(read: Unchecked) -> Result<Codec, Error> {
+        Codec::new(read.algorithm, Some(read.level))
+    }
+}
+
+impl From<Codec> for Unchecked {
+    fn from(codec: Codec) -> Unchecked {
+        Unchecked {
+            algorithm: codec.algorithm,
+            level: codec.level.into(),
+        }
+    }
+}
+
+impl fmt::Display for Codec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.algorithm, self.level)
+    }
 }
 
 impl Codec {
@@ -211,6 +241,16 @@ mod tests {
         assert_eq!(Codec::new(Algorithm::Zstd, None).unwrap().level(), 1);
         assert_eq!(Codec::new(Algorithm::Lz4, None).unwrap().level(), 0);
         assert!(Codec::new(Algorithm::Lz4, Some(i64::MAX)).is_err());
+    }
+
+    #[test]
+    fn what_is_read_from_a_file_is_checked_too() {
+        let codec = Codec::new(Algorithm::Zstd, Some(3)).unwrap();
+        let text = serde_json::to_string(&codec).unwrap();
+        assert_eq!(text, r#"{"algorithm":"zstd","level":3}"#);
+        assert_eq!(serde_json::from_str::<Codec>(&text).unwrap(), codec);
+        let bad = serde_json::from_str::<Codec>(r#"{"algorithm":"lz4","level":12}"#);
+        assert!(bad.unwrap_err().to_string().contains("0 to 9"));
     }
 
     #[test]

@@ -54,6 +54,7 @@ impl Config {
                 max_concurrent: self.auto_standby.max_concurrent,
                 reconcile: self.auto_standby.reconcile_interval,
             },
+            snapshot: self.snapshot,
             memory: self.memory.backing,
             // Checked when the configuration was read.
             kill: KillSwitch::from_env(self.kill_at.clone()).unwrap_or_default(),

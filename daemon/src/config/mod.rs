@@ -17,7 +17,7 @@ use std::{
     time::Duration,
 };
 
-use doze_engine::{ExecPolicy, KillSwitch};
+use doze_engine::{ExecPolicy, KillSwitch, SnapshotConfig};
 use doze_host::net::Subnet;
 use doze_vmm::{Accel, Hypervisor, MemoryBacking};
 
@@ -47,6 +47,7 @@ pub struct Config {
     pub limits: Limits,
     pub standby: Standby,
     pub auto_standby: AutoStandby,
+    pub snapshot: SnapshotConfig,
     pub memory: Memory,
     pub log: Log,
     /// `DOZE_KILL_AT`, for crash tests: where this process is to die. Not a key of the file.

@@ -23,6 +23,13 @@ const NOT_CONFIGURATION: [&str; 9] = [
 ];
 const NOT_CONFIGURATION_PREFIXES: [&str; 5] = ["BENCH_", "DEMO_", "E2E_", "SDK_", "TEST_"];
 
+fn joined(section: &str, key: String) -> String {
+    match section {
+        "" => key,
+        section => format!("{section}.{key}"),
+    }
+}
+
 struct Entry {
     value: Value,
     /// For messages: the file or the variable's name.
@@ -49,12 +56,9 @@ impl Reader {
     fn flatten(&mut self, section: &str, table: toml::Table, place: &str) {
         for (key, value) in table {
             match value {
-                toml::Value::Table(table) if section.is_empty() => self.flatten(&key, table, place),
+                toml::Value::Table(table) => self.flatten(&joined(section, key), table, place),
                 value => {
-                    let key = match section {
-                        "" => key,
-                        section => format!("{section}.{key}"),
-                    };
+                    let key = joined(section, key);
                     let entry = Entry {
                         value: Value::File(value),
                         place: place.to_owned(),
@@ -81,7 +85,7 @@ impl Reader {
             if other || text.is_empty() {
                 continue;
             }
-            let key = rest.to_ascii_lowercase().replacen("__", ".", 1);
+            let key = rest.to_ascii_lowercase().replace("__", ".");
             let entry = Entry {
                 value: Value::Environment(text),
                 place: name,

@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use doze_engine::ExecPolicy;
+use doze_engine::{Algorithm, Codec, Compression, ExecPolicy, SnapshotConfig};
 use doze_host::net::Subnet;
 use doze_vmm::{Accel, Hypervisor, MemoryBacking};
 use tracing_subscriber::EnvFilter;
@@ -53,6 +53,14 @@ pub(super) fn read(reader: &mut Reader) -> Config {
                 Value::duration,
             ),
         },
+        snapshot: SnapshotConfig {
+            compression_default: compression_default(reader),
+            max_concurrent_compressions: reader.or(
+                "snapshot.max_concurrent_compressions",
+                2,
+                Value::count,
+            ),
+        },
         memory: Memory {
             backing: reader.or("memory.backing", MemoryBacking::Shared, |value| {
                 value.choice(&[("shared", MemoryBacking::Shared)])
@@ -69,6 +77,47 @@ pub(super) fn read(reader: &mut Reader) -> Config {
     };
     check(reader, &config);
     config
+}
+
+/// What is off is off, whatever else it says; `None`: the server wants nothing.
+fn compression_default(reader: &mut Reader) -> Option<Compression> {
+    let enabled = reader.optional("snapshot.compression_default.enabled", Value::boolean);
+    let algorithm = reader.optional("snapshot.compression_default.algorithm", |value| {
+        Ok(value.clone())
+    });
+    let level = reader.optional("snapshot.compression_default.level", |value| {
+        Ok(value.clone())
+    });
+    if enabled != Some(true) {
+        return enabled.map(|_| Compression::Off);
+    }
+    let algorithm = match algorithm.as_ref().map(compression_algorithm) {
+        None => Algorithm::Zstd,
+        Some(Ok(algorithm)) => algorithm,
+        Some(Err(reason)) => {
+            reader.error("snapshot.compression_default.algorithm", reason);
+            return None;
+        }
+    };
+    let level = level.as_ref().map(Value::integer).transpose();
+    let codec =
+        level.and_then(|level| Codec::new(algorithm, level).map_err(|error| error.to_string()));
+    match codec {
+        Ok(codec) => Some(Compression::On(codec)),
+        Err(reason) => {
+            reader.error("snapshot.compression_default.level", reason);
+            None
+        }
+    }
+}
+
+fn compression_algorithm(value: &Value) -> Read<Algorithm> {
+    let text = value.text()?;
+    match text.to_ascii_lowercase().as_str() {
+        "zstd" => Ok(Algorithm::Zstd),
+        "lz4" => Ok(Algorithm::Lz4),
+        _ => Err(format!("{text:?} is not an algorithm; allowed: zstd, lz4")),
+    }
 }
 
 fn hypervisor(reader: &mut Reader) -> HypervisorConfig {

@@ -1,4 +1,6 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+use doze_engine::{Algorithm, Compression};
+
 use super::*;
 
 const EXAMPLE: &str = include_str!("../../../doze.example.toml");
@@ -63,11 +65,55 @@ fn the_example_file_names_every_key_with_a_value_that_is_right() {
     parse(&active, &[]).unwrap();
     let table: toml::Table = active.parse().unwrap();
     for key in keys() {
-        let found = match key.split_once('.') {
-            Some((section, key)) => table.get(section).and_then(|section| section.get(key)),
-            None => table.get(key),
-        };
+        let (first, rest) = key.split_once('.').unwrap_or((key, ""));
+        let rest = rest.split('.').filter(|part| !part.is_empty());
+        let found = rest.fold(table.get(first), |found, part| found?.get(part));
         assert!(found.is_some(), "doze.example.toml lacks {key}");
+    }
+}
+
+#[test]
+fn the_servers_compression_is_checked_when_it_is_read() {
+    let section = |text: &str| format!("[snapshot.compression_default]\n{text}");
+    let read = |text: &str| {
+        let config = parse(&section(text), &[]).unwrap();
+        config.snapshot.compression_default
+    };
+    let on = |algorithm, level| {
+        let codec = doze_engine::Codec::new(algorithm, Some(level)).unwrap();
+        Some(Compression::On(codec))
+    };
+    assert_eq!(read(""), None);
+    assert_eq!(read("enabled = true"), on(Algorithm::Zstd, 1));
+    let text = "enabled = true\nalgorithm = \"LZ4\"\nlevel = 9";
+    assert_eq!(read(text), on(Algorithm::Lz4, 9));
+    // What is off is off, whatever else it says.
+    let text = "enabled = false\nalgorithm = \"brotli\"\nlevel = 77";
+    assert_eq!(read(text), Some(Compression::Off));
+    let variables = [
+        ("DOZE_SNAPSHOT__COMPRESSION_DEFAULT__ENABLED", "true"),
+        ("DOZE_SNAPSHOT__COMPRESSION_DEFAULT__ALGORITHM", "Zstd"),
+        ("DOZE_SNAPSHOT__COMPRESSION_DEFAULT__LEVEL", "19"),
+    ];
+    let config = parse("", &variables).unwrap();
+    assert_eq!(config.snapshot.compression_default, on(Algorithm::Zstd, 19));
+    for (text, key, says) in [
+        ("enabled = true\nlevel = 20", "level", "1 to 19"),
+        (
+            "enabled = true\nalgorithm = \"lz4\"\nlevel = 10",
+            "level",
+            "0 to 9",
+        ),
+        (
+            "enabled = true\nalgorithm = \"gzip\"",
+            "algorithm",
+            "zstd, lz4",
+        ),
+        ("enabled = \"yes\"", "enabled", ""),
+    ] {
+        let errors = parse(&section(text), &[]).unwrap_err().to_string();
+        let key = format!("snapshot.compression_default.{key}");
+        assert!(errors.contains(&key) && errors.contains(says), "{errors}");
     }
 }
 

@@ -114,7 +114,7 @@ fn enabled(policy: &EnabledPolicy) -> AutoStandbyPolicy {
 }
 
 /// Beyond what Go can say: the longest it can.
-fn go(duration: Duration) -> String {
+pub(super) fn go(duration: Duration) -> String {
     GoDuration(i64::try_from(duration.as_nanos()).unwrap_or(i64::MAX)).to_string()
 }
 

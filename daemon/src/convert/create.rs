@@ -4,7 +4,7 @@ use doze_engine::{CreateRequest, StartOverrides};
 use doze_vmm::Hypervisor;
 
 use super::{
-    auto_standby,
+    auto_standby, compression,
     fields::{self, Checked},
     unbuilt,
 };
@@ -46,6 +46,14 @@ pub(crate) fn create(request: CreateInstanceRequest) -> Checked<CreateRequest> {
             None
         }
     };
+    let snapshot_policy = match request.snapshot_policy.as_ref().map(compression::policy) {
+        None => None,
+        Some(Ok(policy)) => Some(policy),
+        Some(Err(found)) => {
+            complaints.extend(found);
+            None
+        }
+    };
     if let Some(error) = ApiError::all(complaints) {
         return Err(error);
     }
@@ -64,6 +72,7 @@ pub(crate) fn create(request: CreateInstanceRequest) -> Checked<CreateRequest> {
         network_enabled: request.network.and_then(|network| network.enabled),
         skip_guest_agent: request.skip_guest_agent.unwrap_or(false),
         auto_standby,
+        snapshot_policy,
     })
 }
 

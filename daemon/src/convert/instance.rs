@@ -60,6 +60,8 @@ pub(crate) fn instance(view: &InstanceView, now: &Stamp) -> Instance {
         tags: spec.tags.clone(),
         volumes: Vec::new(),
         auto_standby: spec.auto_standby.as_ref().map(super::auto_standby::shown),
+        snapshot_policy: (spec.snapshot_policy.as_ref()).map(super::compression::shown_policy),
+        standby_compression: super::compression::of_instance(view),
     }
 }
 
@@ -194,6 +196,7 @@ mod tests {
                 network_enabled: true,
                 skip_guest_agent: false,
                 auto_standby: None,
+                snapshot_policy: None,
             }),
             network: Some(NetworkClaim {
                 ip: "10.77.0.2".parse().unwrap(),
@@ -201,6 +204,8 @@ mod tests {
                 tap: "dz0".to_owned(),
             }),
             record: Arc::new(record),
+            compression: None,
+            compressing: None,
             unknown: None,
         }
     }

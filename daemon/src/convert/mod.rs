@@ -2,6 +2,7 @@
 //! one place; no wire type goes further than here.
 pub(crate) mod auto_standby;
 pub(crate) mod capabilities;
+pub(crate) mod compression;
 pub(crate) mod create;
 pub(crate) mod exec;
 pub(crate) mod fields;

@@ -155,9 +155,12 @@ mod tests {
                 network_enabled: false,
                 skip_guest_agent: false,
                 auto_standby: None,
+                snapshot_policy: None,
             }),
             network: None,
             record: Arc::new(record),
+            compression: None,
+            compressing: None,
             unknown: None,
         })
     }

@@ -6,15 +6,17 @@ use doze_api::{
     CompressionState, CreateSnapshotRequest, ForkInstanceRequest, ForkSnapshotRequest,
     RestoreSnapshotRequest,
 };
-use doze_engine::{ForkRequest, Revival, Snapshot, SnapshotKind, SnapshotRequest, TargetState};
+use doze_engine::{
+    ForkRequest, Progress, Revival, Snapshot, SnapshotKind, SnapshotRequest, TargetState,
+};
 use doze_lifecycle::State;
 use doze_vmm::Hypervisor;
 
 use super::{
+    compression,
     create::{self, Collector},
     fields::{self, Checked},
     instance::{self, timestamp},
-    unbuilt,
 };
 use crate::http::errors::ApiError;
 
@@ -25,8 +27,8 @@ pub(crate) fn create(request: CreateSnapshotRequest) -> Checked<SnapshotRequest>
     let kind = kind(request.kind);
     let name = request.name.as_deref();
     keep.checked(name.map_or(Ok(()), |name| fields::label("name", name, fields::MAX_NAME)));
-    keep.checked(request.compression.map_or(Ok(()), |compression| {
-        if compression.enabled && kind == SnapshotKind::Stopped {
+    let compression = keep.checked(request.compression.map_or(Ok(None), |wanted| {
+        if wanted.enabled && kind == SnapshotKind::Stopped {
             return Err(fields::invalid(
                 "invalid_field",
                 "compression.enabled",
@@ -34,7 +36,7 @@ pub(crate) fn create(request: CreateSnapshotRequest) -> Checked<SnapshotRequest>
                 "false with the kind Stopped, which has no memory to compress",
             ));
         }
-        unbuilt::snapshot_compression(&compression)
+        compression::compression("compression", &wanted).map(Some)
     }));
     let tags = request.tags.unwrap_or_default();
     complaints.extend(fields::tags(&tags));
@@ -44,6 +46,7 @@ pub(crate) fn create(request: CreateSnapshotRequest) -> Checked<SnapshotRequest>
             kind,
             name: request.name,
             tags,
+            compression: compression.flatten(),
         }),
     }
 }
@@ -172,6 +175,7 @@ fn target_state(state: doze_api::TargetState) -> TargetState {
 
 /// `allocated`: bytes of disk its files hold.
 pub(crate) fn snapshot(snapshot: &Snapshot, allocated: u64) -> doze_api::Snapshot {
+    let kept = snapshot.compression.as_ref();
     doze_api::Snapshot {
         id: snapshot.id.clone(),
         name: snapshot.name.clone(),
@@ -184,10 +188,15 @@ pub(crate) fn snapshot(snapshot: &Snapshot, allocated: u64) -> doze_api::Snapsho
         allocated_bytes: Some(allocated),
         scheduled: snapshot.scheduled,
         tags: snapshot.tags.clone(),
-        compression: None,
-        compression_state: Some(CompressionState::None),
-        compression_error: None,
-        compressed_size_bytes: None,
+        compression: kept.map(|kept| compression::shown(kept.codec)),
+        compression_state: Some(match kept.map(|kept| &kept.progress) {
+            None => CompressionState::None,
+            Some(Progress::Planned) => CompressionState::Compressing,
+            Some(Progress::Compressed { .. }) => CompressionState::Compressed,
+            Some(Progress::Failed { .. }) => CompressionState::Error,
+        }),
+        compression_error: kept.and_then(compression::error),
+        compressed_size_bytes: kept.and_then(compression::compressed_size),
         uncompressed_size_bytes: match snapshot.kind {
             SnapshotKind::Standby => Some(snapshot.memory_bytes),
             SnapshotKind::Stopped => None,
@@ -221,25 +230,26 @@ mod tests {
     }
 
     #[test]
-    fn compression_is_wrong_without_memory_and_unbuilt_with_it() {
-        for (kind, status, code, field) in [
-            ("Stopped", 400, "invalid_field", "compression.enabled: "),
-            ("Standby", 501, "not_implemented", "compression: "),
-        ] {
-            let error =
-                convert(json!({"kind": kind, "compression": {"enabled": true}})).unwrap_err();
-            assert_eq!(
-                (error.status.as_u16(), error.body.code.as_str()),
-                (status, code)
-            );
-            assert!(error.body.message.starts_with(field), "{error}");
-        }
+    fn compression_is_for_what_has_memory() {
+        let compression = json!({"enabled": true, "algorithm": "lz4"});
+        let request = json!({"kind": "Stopped", "compression": compression});
+        let error = convert(request).unwrap_err();
+        assert_eq!(error.status.as_u16(), 400);
+        assert!(error.body.message.starts_with("compression.enabled: "));
+        let request = convert(json!({"kind": "Standby", "compression": compression})).unwrap();
+        let Some(doze_engine::Compression::On(codec)) = request.compression else {
+            panic!("{request:?}");
+        };
+        assert_eq!(
+            (codec.algorithm(), codec.level()),
+            (doze_engine::Algorithm::Lz4, 0)
+        );
     }
 
     #[test]
     fn all_complaints_about_a_snapshot_come_at_once() {
         let error = convert(json!({
-            "kind": "Standby", "name": "-", "tags": {"": "x"}, "compression": {"enabled": true},
+            "kind": "Standby", "name": "-", "tags": {"": "x"}, "compression": {"enabled": true, "level": 20},
         }))
         .unwrap_err();
         assert_eq!(error.status.as_u16(), 400);

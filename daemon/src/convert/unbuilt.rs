@@ -1,11 +1,8 @@
 //! Fields of the contract whose effect is not built yet. Each is refused with 501 naming it, unless
 //! it holds the value that means "no effect": a silently ignored policy is worse than an error.
 use doze_api::{
-    CreateInstanceRequest, CreateNetwork, StandbyInstanceRequest, UpdateInstanceRequest,
-    policy::{
-        HealthCheck, HealthCheckType, RestartMode, RestartPolicy, SnapshotCompressionConfig,
-        SnapshotPolicy,
-    },
+    CreateInstanceRequest, CreateNetwork, UpdateInstanceRequest,
+    policy::{HealthCheck, HealthCheckType, RestartMode, RestartPolicy},
 };
 
 use super::fields::{self, Checked};
@@ -45,10 +42,6 @@ pub(super) fn check(request: &CreateInstanceRequest) -> Vec<ApiError> {
         request.ttl.as_deref(),
         request.expires_at.as_deref(),
     ));
-    add(request
-        .snapshot_policy
-        .as_ref()
-        .map_or(Ok(()), snapshot_policy));
     add(request.health_check.as_ref().map_or(Ok(()), health_check));
     add(request
         .restart_policy
@@ -134,30 +127,6 @@ fn expiry(ttl: Option<&str>, expires_at: Option<&str>) -> Checked<()> {
     }
 }
 
-fn snapshot_policy(policy: &SnapshotPolicy) -> Checked<()> {
-    let compresses = policy.compression.as_ref().is_some_and(|c| c.enabled);
-    empty("snapshot_policy.compression", !compresses)?;
-    delay(
-        "snapshot_policy.standby_compression_delay",
-        policy.standby_compression_delay.as_deref(),
-    )
-}
-
-/// The body of a standby. Nothing of it has an effect yet, so it must not ask for one.
-pub(crate) fn standby(request: &StandbyInstanceRequest) -> Checked<()> {
-    if let Some(text) = &request.compression_delay {
-        // Without effective compression a delay is accepted and ignored.
-        fields::duration("compression_delay", text)?;
-    }
-    let compresses = request.compression.as_ref().is_some_and(|c| c.enabled);
-    empty("compression", !compresses)
-}
-
-/// Compression of a snapshot's memory.
-pub(super) fn snapshot_compression(compression: &SnapshotCompressionConfig) -> Checked<()> {
-    empty("compression", !compression.enabled)
-}
-
 fn health_check(check: &HealthCheck) -> Checked<()> {
     for (field, text) in [
         ("health_check.interval", &check.interval),
@@ -238,7 +207,6 @@ mod tests {
         for fields in [
             json!({}),
             json!({"gpu": {}, "health_check": {}, "restart_policy": {}}),
-            json!({"snapshot_policy": {"compression": {"enabled": false}, "standby_compression_delay": "0s"}}),
             json!({"health_check": {"type": "none", "interval": "5s"}}),
             json!({"restart_policy": {"policy": "never", "max_attempts": 3}}),
             json!({"devices": [], "volumes": [], "credentials": {}, "ttl": "0s"}),
@@ -285,14 +253,6 @@ mod tests {
             (
                 "restart_policy",
                 json!({"restart_policy": {"policy": "on_failure"}}),
-            ),
-            (
-                "snapshot_policy.compression",
-                json!({"snapshot_policy": {"compression": {"enabled": true}}}),
-            ),
-            (
-                "snapshot_policy.standby_compression_delay",
-                json!({"snapshot_policy": {"standby_compression_delay": "30s"}}),
             ),
             ("ttl", json!({"ttl": "1h"})),
             (

@@ -193,9 +193,8 @@ pub(super) async fn standby(
     OptionalJsonBody(request): OptionalJsonBody<StandbyInstanceRequest>,
 ) -> Result<Json<Instance>, ApiError> {
     query.finish("none")?;
-    convert::unbuilt::standby(&request)?;
-    // What has no effect asks for nothing; neither does a delay of a compression that is not wanted.
-    let options = request.compression.is_some_and(|c| c.enabled);
+    // Checked before anything changes: the instance runs on when it is wrong.
+    let options = convert::compression::standby(&request)?;
     let view = state.engine().standby(&id, options).await?;
     Ok(Json(convert::instance::instance(
         &view,

@@ -6,7 +6,7 @@ use axum::{
     http::header,
     response::{IntoResponse, Response},
 };
-use doze_engine::{AutoStandbyMetrics, MetricsView};
+use doze_engine::{AutoStandbyMetrics, CompressionMetrics, MetricsView};
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeMetric, text},
@@ -29,28 +29,38 @@ pub(super) async fn metrics(
 ) -> Result<Response, ApiError> {
     query.finish("none")?;
     let engine = state.engine();
-    let text = render(engine.metrics(), engine.auto_standby_metrics())
+    let look = Look {
+        view: engine.metrics(),
+        auto_standby: engine.auto_standby_metrics(),
+        compression: engine.compression_metrics(),
+    };
+    let text = render(look)
         .map_err(|error| ApiError::internal(format!("writing the metrics: {error}")))?;
     Ok(([(header::CONTENT_TYPE, CONTENT_TYPE)], text).into_response())
 }
 
-fn render(view: MetricsView, auto_standby: AutoStandbyMetrics) -> Result<String, std::fmt::Error> {
+fn render(look: Look) -> Result<String, std::fmt::Error> {
     let mut registry = Registry::default();
-    registry.register_collector(Box::new(Look(view, auto_standby)));
+    registry.register_collector(Box::new(look));
     let mut out = String::new();
     text::encode(&mut out, &registry)?;
     Ok(out)
 }
 
 #[derive(Debug)]
-struct Look(MetricsView, AutoStandbyMetrics);
+struct Look {
+    view: MetricsView,
+    auto_standby: AutoStandbyMetrics,
+    compression: CompressionMetrics,
+}
 
 impl Collector for Look {
     fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), std::fmt::Error> {
-        instances(&self.0, &mut encoder)?;
-        phase_seconds(&self.0, &mut encoder)?;
-        transitions(&self.0, &mut encoder)?;
-        super::metrics_auto_standby::encode(&self.1, &mut encoder)
+        instances(&self.view, &mut encoder)?;
+        phase_seconds(&self.view, &mut encoder)?;
+        transitions(&self.view, &mut encoder)?;
+        super::metrics_auto_standby::encode(&self.auto_standby, &mut encoder)?;
+        super::metrics_compression::encode(&self.compression, &mut encoder)
     }
 }
 
@@ -105,6 +115,7 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
     use std::collections::BTreeMap;
 
+    use doze_engine::{JobResult, Jobs, Labels, Source};
     use doze_lifecycle::{Cause, State};
 
     use super::*;
@@ -128,7 +139,49 @@ mod tests {
             instances: BTreeMap::from([("active", 5)]),
             connections: 6,
         };
-        let text = render(view, auto_standby).unwrap();
+        let labels = Labels {
+            algorithm: doze_engine::Algorithm::Zstd,
+            level: 3,
+            hypervisor: doze_vmm::Hypervisor::QemuMicrovm,
+            source: Source::Standby,
+        };
+        let mut jobs = Jobs {
+            planned: 2,
+            pending: 1,
+            bytes_in: 300,
+            ..Jobs::default()
+        };
+        jobs.ended.insert(JobResult::Success, 1);
+        jobs.ratio.counts[3] = 1;
+        jobs.ratio.sum = 3.0;
+        let compression = CompressionMetrics {
+            jobs: BTreeMap::from([(labels, jobs)]),
+            preemptions: BTreeMap::from([((Source::Snapshot, "fork"), 5)]),
+            preparations: BTreeMap::new(),
+        };
+        let look = Look {
+            view,
+            auto_standby,
+            compression,
+        };
+        let text = render(look).unwrap();
+        let of = "algorithm=\"zstd\",level=\"3\",hypervisor=\"qemu-microvm\",source=\"standby\"";
+        let compression = [
+            format!("doze_snapshot_compression_planned_total{{{of}}} 2"),
+            format!("doze_snapshot_compression_pending{{{of}}} 1"),
+            format!("doze_snapshot_compression_active{{{of}}} 0"),
+            format!("doze_snapshot_compression_jobs_total{{{of},result=\"success\"}} 1"),
+            format!("doze_snapshot_compression_jobs_total{{{of},result=\"canceled\"}} 0"),
+            format!("doze_snapshot_compression_bytes_total{{{of},direction=\"in\"}} 300"),
+            format!("doze_snapshot_compression_ratio_sum{{{of}}} 3.0"),
+            format!("doze_snapshot_compression_ratio_bucket{{le=\"2.0\",{of}}} 0"),
+            format!("doze_snapshot_compression_ratio_bucket{{le=\"+Inf\",{of}}} 1"),
+            "doze_snapshot_compression_preemptions_total{operation=\"fork\",source=\"snapshot\"} 5"
+                .to_owned(),
+        ];
+        for line in compression {
+            assert!(text.lines().any(|found| found == line), "{line}\n{text}");
+        }
         for line in [
             "# TYPE doze_instances gauge",
             "doze_instances{state=\"running\"} 2",

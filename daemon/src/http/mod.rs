@@ -36,6 +36,7 @@ mod instances;
 mod logs;
 mod metrics;
 mod metrics_auto_standby;
+mod metrics_compression;
 mod openapi;
 mod resources;
 mod schedules;

@@ -260,7 +260,7 @@ impl Watcher {
         let attempt = Arc::new(Attempt::new(eyes.clone(), self.controller.counters()));
         let (reply, answer) = oneshot::channel();
         let message = Message::Standby {
-            options: false,
+            options: crate::StandbyOptions::default(),
             auto: Some(attempt.clone()),
             reply,
         };

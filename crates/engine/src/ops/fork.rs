@@ -13,9 +13,10 @@ use doze_lifecycle::Fact;
 use super::{Cancel, check, create, delete, launch, restore, standby::manifest_error};
 use crate::{
     EngineError, TargetState,
+    compression::files as memory_files,
     context::{blocking, io_error},
     copies::{self, Durable, Home},
-    instance::{Instance, MEMORY, SNAPSHOT},
+    instance::{Instance, SNAPSHOT},
     kill::KillPoint,
 };
 
@@ -78,9 +79,9 @@ async fn make(instance: &mut Instance, cancel: &Cancel, plan: &Plan) -> Result<(
                 Some(copies::rehome(&dir, &home).map_err(manifest_error)?)
             }
             false => {
-                for name in [SNAPSHOT, MEMORY] {
-                    files::remove_tree(&dir.join(name)).map_err(io_error("removing memory"))?;
-                }
+                files::remove_tree(&dir.join(SNAPSHOT))
+                    .and_then(|()| memory_files::remove_all(&dir))
+                    .map_err(io_error("removing memory"))?;
                 None
             }
         };
@@ -96,6 +97,7 @@ async fn make(instance: &mut Instance, cancel: &Cancel, plan: &Plan) -> Result<(
         (TargetState::Stopped, _) => instance.commit(Fact::Forked).await?,
         (TargetState::Standby, _) => {
             launch::make_sleepers_tap(instance).await?;
+            instance.compression = instance.plan_compression_of_copy(instance.dir()).await?;
             instance.commit(Fact::Forked).await?;
         }
         (TargetState::Running, true) => restore::awaken(instance, cancel).await?,

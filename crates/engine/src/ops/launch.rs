@@ -162,7 +162,7 @@ pub async fn remove_memory(instance: &Instance) -> Result<(), EngineError> {
     blocking("removing memory", move || {
         // The mark goes first: there must never be one without its memory.
         manifest::remove(&dir.join(SNAPSHOT)).map_err(manifest_error)?;
-        files::remove_tree(&dir.join(MEMORY)).map_err(io_error("removing memory"))
+        crate::compression::files::remove_all(&dir).map_err(io_error("removing memory"))
     })
     .await?
 }

@@ -7,10 +7,7 @@
 //! Consuming the mark just before the guest's first instruction is the commit point: memory and disks
 //! change from there on, and the device state fits neither. At most three store commits: admitted, resumed,
 //! answered.
-use std::{
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{path::Path, time::Duration};
 
 use doze_host::files;
 use doze_lifecycle::{Fact, Operation, Stamp};
@@ -23,7 +20,8 @@ use super::{
     standby::{ROOM, manifest_error},
 };
 use crate::{
-    EngineError,
+    EngineError, Preparation, Progress,
+    compression::{self, codec_error, files as memory_files},
     context::{blocking, io_error},
     instance::{Instance, Live, MEMORY, RUN_DIR, SNAPSHOT, process_ref, vmm_error},
     kill::KillPoint,
@@ -111,7 +109,7 @@ async fn wake(
         () = cancel.cancelled() => return check(cancel),
     };
     let place = instance.dir().join(SNAPSHOT);
-    let manifest = verify(instance, &place, None).await?;
+    let manifest = verify(instance, &instance.dir()).await?;
     let mut description = manifest.machine;
     // Its kernel may have seen this moment before.
     description
@@ -129,6 +127,9 @@ async fn wake(
     laps.lap("verified");
     instance.reach(KillPoint::RestoreVerified);
     check(cancel)?;
+    if compression::unpack(instance, cancel).await? == Preparation::Decompress {
+        laps.lap("decompressed");
+    }
 
     launch::make_tap(instance).await?;
     reset_run_dir(instance).await?;
@@ -159,6 +160,14 @@ async fn wake(
     // The last moment to change one's mind.
     check(cancel)?;
     still_there(&status)?;
+    // From here on the raw memory changes, and nothing else may be taken for it.
+    let dir = instance.dir();
+    blocking("removing compressed memory", move || {
+        memory_files::drop_artefacts(&dir)
+    })
+    .await?
+    .map_err(io_error("removing compressed memory"))?;
+    instance.reach(KillPoint::RestoreArtefactDropped);
     blocking("consuming the snapshot", move || manifest::consume(&place))
         .await?
         .map_err(manifest_error)?;
@@ -278,7 +287,10 @@ pub async fn undo(instance: &mut Instance, reason: &str) -> Result<(), EngineErr
     };
     match (marked, status) {
         // The mark goes before the CPUs run: with it, they never did.
-        (true, _) => instance.kill_machine().await?,
+        (true, _) => {
+            instance.kill_machine().await?;
+            put_memory_back(instance).await?;
+        }
         (false, MachineStatus::Paused | MachineStatus::Prelaunch) => {
             // The mark first: with the VMM gone and no mark, a crash in between could not tell that the
             // CPUs never ran.
@@ -312,6 +324,28 @@ pub async fn undo(instance: &mut Instance, reason: &str) -> Result<(), EngineErr
     instance.commit(Fact::OperationFailed { reason }).await
 }
 
+/// Memory lies as it did before a restore that came to nothing.
+async fn put_memory_back(instance: &mut Instance) -> Result<(), EngineError> {
+    let compressed = instance
+        .compression
+        .as_ref()
+        .is_some_and(|c| matches!(c.progress, Progress::Compressed { .. }));
+    let dir = instance.dir();
+    let raw = blocking("putting memory back", move || {
+        memory_files::put_back(&dir, compressed)
+    })
+    .await?
+    .map_err(io_error("putting memory back"))?;
+    if let Some(compression) = instance.compression.as_mut()
+        && raw
+        && compressed
+    {
+        // What it was decompressed from was gone already.
+        compression.progress = Progress::Planned;
+    }
+    Ok(())
+}
+
 /// Whether what lies in `folder` could be woken here as this instance, without touching anything.
 pub async fn check_loads(
     instance: &Instance,
@@ -321,8 +355,7 @@ pub async fn check_loads(
     if inherited && instance.spec.skip_guest_agent && instance.claim.is_some() {
         return Err(no_agent(instance.record.state()));
     }
-    let memory = folder.join(MEMORY);
-    let manifest = verify(instance, &folder.join(SNAPSHOT), Some(memory)).await?;
+    let manifest = verify(instance, folder).await?;
     let monitor = instance.ctx.monitor(manifest.machine.hypervisor)?;
     monitor
         .check_loads(&manifest.machine, &manifest.monitor_version)
@@ -330,14 +363,13 @@ pub async fn check_loads(
         .map_err(vmm_error)
 }
 
-/// All that a restore relies on, before anything is touched. `memory`: where the memory lies now, if not
-/// where the machine looks for it.
+/// All that a restore relies on, before anything is touched. `folder`: where memory and snapshot lie now, which
+/// need not be where the machine looks for them.
 async fn verify(
     instance: &Instance,
-    place: &Path,
-    memory: Option<PathBuf>,
+    folder: &Path,
 ) -> Result<Manifest<MachineDescription>, EngineError> {
-    let place = place.to_owned();
+    let (place, folder) = (folder.join(SNAPSHOT), folder.to_owned());
     let id = instance.id.clone();
     blocking("verifying the snapshot", move || {
         let manifest: Manifest<MachineDescription> =
@@ -350,12 +382,28 @@ async fn verify(
         match manifest.memory.codec {
             MemoryCodec::Raw => {}
         }
-        let image = doze_vmm::MemoryImage {
-            path: memory.unwrap_or_else(|| machine.memory.path.clone()),
-            backing: machine.memory.backing,
-        };
-        if let Err(error) = image.check_size(manifest.memory.size) {
-            return refuse(error.to_string());
+        let expected = manifest.memory.size;
+        match memory_files::packed(&folder) {
+            Ok(Some(artefact)) => {
+                let found = doze_snapshot::inspect_file(&artefact).map_err(codec_error)?;
+                if found.raw_size != expected {
+                    return refuse(format!(
+                        "{} holds {} bytes of memory, the manifest says {expected}",
+                        artefact.display(),
+                        found.raw_size
+                    ));
+                }
+            }
+            Ok(None) => {
+                let image = doze_vmm::MemoryImage {
+                    path: folder.join(MEMORY),
+                    backing: machine.memory.backing,
+                };
+                if let Err(error) = image.check_size(expected) {
+                    return refuse(error.to_string());
+                }
+            }
+            Err(error) => return refuse(error.to_string()),
         }
         let boot = [
             ("kernel", &machine.kernel),

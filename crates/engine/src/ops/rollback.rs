@@ -13,7 +13,6 @@ use doze_host::files;
 use doze_lifecycle::{Fact, Operation};
 use doze_snapshot::manifest;
 use doze_vmm::{MachineDescription, MachineStatus};
-use tokio::sync::OwnedRwLockReadGuard;
 
 use super::{
     Cancel, capture, check, launch, restore,
@@ -22,9 +21,10 @@ use super::{
 };
 use crate::{
     EngineError, StartOverrides, TargetState,
+    compression::{files as memory_files, stored::Access},
     context::{blocking, io_error},
     copies::{self, Durable, Home},
-    instance::{Instance, MEMORY, OVERLAY, SNAPSHOT},
+    instance::{Instance, OVERLAY, SNAPSHOT},
     kill::KillPoint,
     store::PendingRollback,
 };
@@ -39,7 +39,7 @@ pub const LEFTOVERS: [&str; 2] = [INCOMING, STAGE];
 pub struct Plan {
     /// The stored snapshot's folder, held open for reading.
     pub dir: PathBuf,
-    pub gate: OwnedRwLockReadGuard<()>,
+    pub access: Access,
     pub pending: PendingRollback,
     pub target: TargetState,
 }
@@ -47,7 +47,7 @@ pub struct Plan {
 pub async fn run(instance: &mut Instance, cancel: &Cancel, plan: Plan) -> Result<(), EngineError> {
     let Plan {
         dir,
-        gate,
+        access,
         pending,
         target,
     } = plan;
@@ -87,7 +87,7 @@ pub async fn run(instance: &mut Instance, cancel: &Cancel, plan: Plan) -> Result
         undo(instance, &error.to_string()).await?;
         return Err(error);
     }
-    drop((gate, room));
+    drop((access, room));
     finish(instance).await?;
     match (target, memory) {
         (TargetState::Running, true) => restore::run(instance, cancel).await,
@@ -180,10 +180,15 @@ async fn finish(instance: &mut Instance) -> Result<(), EngineError> {
     })
     .await??;
     instance.reach(KillPoint::RollbackSwapped);
+    let compression = match memory {
+        true => instance.plan_compression_of_copy(instance.dir()).await?,
+        false => None,
+    };
     let before = (
         instance.spec.clone(),
         std::mem::replace(&mut instance.description, machine),
         instance.inherited,
+        std::mem::replace(&mut instance.compression, compression),
     );
     instance.rollback = None;
     instance.spec = std::sync::Arc::new(pending.spec.clone());
@@ -192,7 +197,12 @@ async fn finish(instance: &mut Instance) -> Result<(), EngineError> {
         memory_of: pending.memory_of.clone(),
     };
     if let Err(error) = instance.commit(back).await {
-        (instance.spec, instance.description, instance.inherited) = before;
+        (
+            instance.spec,
+            instance.description,
+            instance.inherited,
+            instance.compression,
+        ) = before;
         instance.rollback = Some(pending);
         return Err(error);
     }
@@ -254,10 +264,16 @@ fn swap(dir: &Path, memory: bool) -> Result<(), EngineError> {
         return Ok(());
     }
     manifest::remove(&dir.join(SNAPSHOT)).map_err(manifest_error)?;
-    if !memory || coming(MEMORY)? {
-        files::remove_tree(&dir.join(MEMORY)).map_err(io_error("removing memory"))?;
+    let held = match memory_files::held(&incoming) {
+        Ok(name) => Some(name),
+        // There is none in it, or it was swapped before a crash.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+        Err(error) => return Err(io_error("looking for memory")(error)),
+    };
+    if !memory || held.is_some() {
+        memory_files::remove_all(dir).map_err(io_error("removing memory"))?;
     }
-    for name in [OVERLAY, MEMORY, SNAPSHOT] {
+    for name in [Some(OVERLAY), held, Some(SNAPSHOT)].into_iter().flatten() {
         if coming(name)? {
             copies::place(&incoming.join(name), &dir.join(name))
                 .map_err(io_error("swapping a file"))?;

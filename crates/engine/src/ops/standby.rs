@@ -19,7 +19,7 @@ use doze_vmm::{MachineDescription, MachineStatus, SavedFile};
 
 use super::{Cancel, Laps, check};
 use crate::{
-    EngineError, ExecPolicy,
+    EngineError, ExecPolicy, StandbyOptions,
     auto_standby::Attempt,
     context::{blocking, io_error},
     instance::{Instance, SNAPSHOT, vmm_error},
@@ -36,6 +36,7 @@ pub async fn run(
     instance: &mut Instance,
     cancel: &Cancel,
     auto: Option<&Attempt>,
+    options: StandbyOptions,
 ) -> Result<(), EngineError> {
     if let Some(attempt) = auto {
         attempt.first_look(instance).await?;
@@ -47,7 +48,12 @@ pub async fn run(
         .inspect_err(|error| instance.note(&format!("standby refused: {error}")))?;
     // A mark that is found while a standby is in flight means that it is committed: an old one must be gone.
     forget_old(instance).await?;
-    instance.commit(Fact::Admitted(Operation::Standby)).await?;
+    // Recorded with the first word of it: whoever finishes it after a crash must know.
+    instance.compression = instance.plan_compression(options);
+    if let Err(error) = instance.commit(Fact::Admitted(Operation::Standby)).await {
+        instance.compression = None;
+        return Err(error);
+    }
     instance.reach(KillPoint::StandbyAdmitted);
     let mut laps = Laps::start("standby");
     match make_snapshot(instance, cancel, auto, &mut laps).await {
@@ -248,9 +254,13 @@ async fn prepare_stage(place: &Path) -> Result<(), EngineError> {
 
 async fn forget_old(instance: &Instance) -> Result<(), EngineError> {
     let place = instance.dir().join(SNAPSHOT);
-    blocking("removing an old snapshot", move || manifest::remove(&place))
-        .await?
-        .map_err(manifest_error)
+    let dir = instance.dir();
+    blocking("removing an old snapshot", move || {
+        manifest::remove(&place).map_err(manifest_error)?;
+        crate::compression::files::drop_artefacts(&dir)
+            .map_err(io_error("removing old compressed memory"))
+    })
+    .await?
 }
 
 /// Writes back what can be written while the guest runs, so that little is left to do while it does not.

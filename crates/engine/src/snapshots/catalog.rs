@@ -39,6 +39,13 @@ impl Catalog {
         lock(&self.entries).insert(snapshot.id.clone(), entry);
     }
 
+    /// The same snapshot, told anew. One that is gone stays so.
+    pub fn replace(&self, snapshot: Arc<Snapshot>) {
+        if let Some(entry) = lock(&self.entries).get_mut(&snapshot.id) {
+            entry.snapshot = snapshot;
+        }
+    }
+
     pub fn remove(&self, id: &str) {
         lock(&self.entries).remove(id);
     }

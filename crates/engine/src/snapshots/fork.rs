@@ -10,6 +10,7 @@ use super::{
 };
 use crate::{
     Engine, EngineError, InstanceSpec, InstanceView,
+    compression::stored,
     context::blocking,
     copies::{self, Durable},
     driver::Message,
@@ -90,7 +91,7 @@ impl Engine {
         self.to_the_end("fork", async move {
             engine.check_name(&name)?;
             engine.check_count()?;
-            let gate = entry.gate.clone().read_owned().await;
+            let access = stored::access(&engine.shared.ctx, &entry, "fork").await;
             // It may have been deleted meanwhile.
             let stored = engine.get_snapshot(&entry.snapshot.id)?;
             let target = engine.check_revival(&stored, revival)?;
@@ -101,7 +102,7 @@ impl Engine {
             };
             check_memory(&stored.spec, state, Some(target))?;
             let dir = engine.copy_stored(&stored.id, memory).await?;
-            drop(gate);
+            drop(access);
             let offspring = Offspring {
                 dir,
                 name,
@@ -194,6 +195,7 @@ impl Engine {
             machine: None,
             inherited: offspring.memory_of.is_some(),
             rollback: None,
+            compression: None,
         };
         let mut stored = StoredInstance {
             id: new_id(),

@@ -20,7 +20,7 @@ use std::collections::BTreeMap;
 use doze_vmm::Hypervisor;
 use serde::{Deserialize, Serialize};
 
-use crate::InstanceSpec;
+use crate::{Compression, InstanceSpec, MemoryCompression};
 
 /// What a snapshot holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -39,7 +39,7 @@ pub enum TargetState {
     Running,
 }
 
-/// One stored snapshot. Never changes, except for `compression` in later versions.
+/// One stored snapshot. Never changes, except for how its memory is kept, and its size with that.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Snapshot {
     /// CUID2, 24 characters.
@@ -64,6 +64,9 @@ pub struct Snapshot {
     pub(crate) record: doze_lifecycle::Record,
     /// The memory was a fork's that had not yet been told who it is.
     pub(crate) inherited: bool,
+    /// How its memory is kept; `None`: as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compression: Option<MemoryCompression>,
 }
 
 impl Snapshot {
@@ -78,6 +81,8 @@ pub struct SnapshotRequest {
     pub kind: SnapshotKind,
     pub name: Option<String>,
     pub tags: BTreeMap<String, String>,
+    /// Wins over the instance's and the server's.
+    pub compression: Option<Compression>,
 }
 
 /// Which snapshots to list; what is absent does not matter.

@@ -329,6 +329,7 @@ impl Engine {
             kind,
             name: Some(name_of_run(&schedule.request, now().wall_us)),
             tags: schedule.request.metadata.clone(),
+            compression: None,
         };
         self.snapshot_as(entry.clone(), request, Cause::Schedule)
             .await

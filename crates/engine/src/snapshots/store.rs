@@ -6,7 +6,8 @@ use doze_lifecycle::{Cause, Command, State};
 
 use super::{Revival, Snapshot, SnapshotFilter, SnapshotKind, SnapshotRequest, TargetState};
 use crate::{
-    Engine, EngineError, InstanceSpec, InstanceView,
+    Engine, EngineError, InstanceSpec, InstanceView, MemoryCompression,
+    compression::{self, policy, stored},
     context::{blocking, io_error, lock},
     copies::{self, Durable},
     driver::Message,
@@ -74,19 +75,40 @@ impl Engine {
         let created_at_us = now().wall_us;
         let id = new_id();
         let (from, to) = (captured.dir.clone(), ctx.snapshot_dir(&id));
+        let has_memory = captured.has_memory();
         let placed = blocking("placing a snapshot", move || {
-            copies::place(&from, &to).and_then(|()| copies::size(&to))
+            copies::place(&from, &to)
+                .and_then(|()| copies::size(&to))
+                .map_err(io_error("placing a snapshot"))
+                .and_then(|size| {
+                    let found = match has_memory {
+                        true => compression::found(&to)?,
+                        false => None,
+                    };
+                    Ok((size, found))
+                })
         })
         .await?;
-        let size_bytes = match placed {
-            Ok(size) => size,
+        let (size_bytes, found) = match placed {
+            Ok(placed) => placed,
             Err(error) => {
                 self.remove_copy(captured.dir).await;
                 self.remove_copy(ctx.snapshot_dir(&id)).await;
-                return Err(io_error("placing a snapshot")(error));
+                return Err(error);
             }
         };
         ctx.kill.reach(KillPoint::SnapshotPlaced);
+        let wanted = policy::effective(
+            request.compression,
+            captured.spec.snapshot_policy,
+            ctx.compression.config,
+        )
+        .filter(|_| has_memory);
+        let planned = wanted.map(|codec| {
+            MemoryCompression::planned(codec, created_at_us, std::time::Duration::ZERO)
+        });
+        // What was compressed already stays as it is.
+        let compression = found.or(planned);
         let snapshot = Snapshot {
             id,
             name: request.name,
@@ -104,6 +126,7 @@ impl Engine {
             spec: (*captured.spec).clone(),
             record: (*captured.record).clone(),
             inherited: captured.inherited,
+            compression,
         };
         if let Err(error) = ctx.store.add_snapshot(snapshot.clone()).await {
             // Its row may be there all the same, and must not outlive its files.
@@ -115,6 +138,8 @@ impl Engine {
         }
         let snapshot = Arc::new(snapshot);
         ctx.snapshots.add(snapshot.clone());
+        // A snapshot never waits.
+        stored::plan(ctx, &snapshot.id);
         ctx.kill.reach(KillPoint::SnapshotRecorded);
         tracing::info!(snapshot = %snapshot.id, instance = %source.id, bytes = size_bytes, "snapshot taken");
         Ok(snapshot)
@@ -176,6 +201,7 @@ impl Engine {
         let engine = self.clone();
         self.to_the_end("deleting a snapshot", async move {
             let id = entry.snapshot.id.clone();
+            let _no_job = stored::halt(&engine.shared.ctx, &id, "snapshot_delete").await;
             let _gate = entry.gate.write_owned().await;
             let ctx = &engine.shared.ctx;
             // Somebody may have been faster.
@@ -200,7 +226,7 @@ impl Engine {
     ) -> Result<Arc<InstanceView>, EngineError> {
         let instance = self.open_entry(key)?;
         let entry = self.shared.ctx.snapshots.find(snapshot)?;
-        let gate = entry.gate.clone().read_owned().await;
+        let access = stored::access(&self.shared.ctx, &entry, "snapshot_restore").await;
         // It may have been deleted meanwhile.
         let stored = self.shared.ctx.snapshots.find(&entry.snapshot.id)?.snapshot;
         let view = instance.view();
@@ -219,13 +245,14 @@ impl Engine {
         let memory = stored.kind == SnapshotKind::Standby && target != TargetState::Stopped;
         let plan = rollback::Plan {
             dir: self.shared.ctx.snapshot_dir(&stored.id),
-            gate,
+            access,
             pending: PendingRollback {
                 snapshot_id: stored.id.clone(),
                 spec: InstanceSpec {
                     hypervisor: revival.hypervisor.unwrap_or(stored.spec.hypervisor),
                     tags: view.spec.tags.clone(),
                     auto_standby: view.spec.auto_standby.clone(),
+                    snapshot_policy: view.spec.snapshot_policy,
                     ..stored.spec.clone()
                 },
                 memory_of: memory.then(|| Box::new(stored.record.clone())),

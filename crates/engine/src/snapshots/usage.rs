@@ -7,7 +7,7 @@ use super::DiskUsage;
 use crate::{
     Engine, EngineError,
     context::{Context, blocking, io_error},
-    instance::{MEMORY, OVERLAY, SNAPSHOT},
+    instance::{OVERLAY, SNAPSHOT},
 };
 
 impl Engine {
@@ -66,7 +66,10 @@ impl Engine {
             for (id, name) in instances {
                 let dir = ctx.instance_dir(&id);
                 found.overlays += add(dir.join(OVERLAY))?;
-                found.memory += add(dir.join(MEMORY))? + add(dir.join(SNAPSHOT))?;
+                found.memory += add(dir.join(SNAPSHOT))?;
+                if let Ok(name) = crate::compression::files::held(&dir) {
+                    found.memory += add(dir.join(name))?;
+                }
                 let own = match files::allocated_bytes(&dir) {
                     Err(e) if e.kind() == std::io::ErrorKind::NotFound => 0,
                     measured => measured?,

@@ -25,6 +25,7 @@ CREATE TABLE schedules (
 pub enum Change {
     RemoveInstance(String),
     AddSnapshot(Box<Snapshot>),
+    UpdateSnapshot(Box<Snapshot>),
     RemoveSnapshot(String),
     PutSchedule(Box<Schedule>),
     RemoveSchedule(String),
@@ -35,6 +36,11 @@ impl Store {
     /// [`StoreError::SnapshotNameTaken`] when its source has one of that name.
     pub async fn add_snapshot(&self, snapshot: Snapshot) -> Result<(), StoreError> {
         self.write(Change::AddSnapshot(Box::new(snapshot))).await
+    }
+
+    /// One that was removed meanwhile stays so.
+    pub async fn update_snapshot(&self, snapshot: Snapshot) -> Result<(), StoreError> {
+        self.write(Change::UpdateSnapshot(Box::new(snapshot))).await
     }
 
     /// Absent is fine.
@@ -78,6 +84,10 @@ pub fn write(db: &Connection, change: Change) -> Result<(), StoreError> {
     match change {
         Change::RemoveInstance(id) => db.execute("DELETE FROM instances WHERE id = ?1", [id])?,
         Change::AddSnapshot(snapshot) => return add_snapshot(db, &snapshot),
+        Change::UpdateSnapshot(snapshot) => db.execute(
+            "UPDATE snapshots SET document = ?2 WHERE id = ?1",
+            params![snapshot.id, serde_json::to_string(&snapshot)?],
+        )?,
         Change::RemoveSnapshot(id) => db.execute("DELETE FROM snapshots WHERE id = ?1", [id])?,
         Change::PutSchedule(schedule) => db.execute(
             "INSERT INTO schedules (instance_id, document) VALUES (?1, ?2)

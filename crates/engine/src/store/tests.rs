@@ -28,6 +28,7 @@ fn stored(id: &str, name: &str) -> StoredInstance {
         network_enabled: true,
         skip_guest_agent: false,
         auto_standby: None,
+        snapshot_policy: None,
     };
     StoredInstance {
         id: id.into(),
@@ -40,6 +41,7 @@ fn stored(id: &str, name: &str) -> StoredInstance {
             machine: None,
             inherited: false,
             rollback: None,
+            compression: None,
         },
     }
 }
@@ -246,6 +248,7 @@ fn snapshot(id: &str, name: Option<&str>) -> Snapshot {
         spec: document.spec,
         record: document.record,
         inherited: false,
+        compression: None,
     }
 }
 

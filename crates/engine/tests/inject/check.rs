@@ -5,7 +5,9 @@ use std::{
     sync::Arc,
 };
 
-use doze_engine::{EngineError, InstanceView, SnapshotKind, StartOverrides, TargetState};
+use doze_engine::{
+    EngineError, InstanceView, SnapshotKind, StandbyOptions, StartOverrides, TargetState,
+};
 use doze_lifecycle::State;
 use doze_vmm::MachineStatus;
 
@@ -373,7 +375,7 @@ pub fn sleeps_and_wakes(lab: &Lab, name: &str) -> Faults {
         let view = settled(&engine, &world, name, PATIENCE / 2).await;
         let id = view.map(|view| view.id.clone()).unwrap_or_default();
         let before = world.counter(&id);
-        engine.standby(name, false).await?;
+        engine.standby(name, StandbyOptions::default()).await?;
         engine.restore(name).await?;
         let after = world.counter(&id);
         Ok::<_, EngineError>(

@@ -3,7 +3,7 @@ use std::time::Duration;
 
 use doze_engine::{
     Engine, EngineError, ForkRequest, Revival, ScheduleRequest, SnapshotKind, SnapshotRequest,
-    StartOverrides, TargetState,
+    StandbyOptions, StartOverrides, TargetState,
 };
 use doze_lifecycle::State;
 
@@ -64,7 +64,10 @@ pub async fn command(engine: Engine, world: World, op: Op) -> Answer {
         Op::Create => engine.create(Lab::request(NAME)).await.map(drop),
         Op::Start => engine.start(NAME, start(), false).await.map(drop),
         Op::StartDiscarding => engine.start(NAME, start(), true).await.map(drop),
-        Op::Standby => engine.standby(NAME, false).await.map(drop),
+        Op::Standby => engine
+            .standby(NAME, StandbyOptions::default())
+            .await
+            .map(drop),
         Op::Restore => engine.restore(NAME).await.map(drop),
         Op::Stop => engine.stop(NAME).await.map(drop),
         Op::Delete => engine.delete(NAME, true).await,
@@ -96,6 +99,7 @@ pub async fn take(engine: &Engine, name: &str, called: Option<&str>) -> Answer {
         kind,
         name: called.map(str::to_owned),
         tags: Default::default(),
+        compression: None,
     };
     engine.create_snapshot(name, request).await.map(drop)
 }

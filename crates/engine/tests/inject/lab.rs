@@ -8,7 +8,7 @@ use std::{
 
 use doze_engine::{
     AutoStandbyConfig, CreateRequest, Engine, EngineConfig, InstanceView, Limits, Monitors,
-    StandbyConfig,
+    SnapshotConfig, StandbyConfig,
 };
 use doze_image::ImageStore;
 use doze_lifecycle::State;
@@ -248,6 +248,10 @@ impl Lab {
             auto_standby: AutoStandbyConfig {
                 max_concurrent: 2,
                 reconcile: PATIENCE,
+            },
+            snapshot: SnapshotConfig {
+                max_concurrent_compressions: 2,
+                ..SnapshotConfig::default()
             },
             memory: MemoryBacking::Shared,
             kill: self.world.kill_switch(),

@@ -1,7 +1,9 @@
 //! Many callers, random commands, random failures, callers that hang up, servers that crash.
 use std::{fmt, time::Duration};
 
-use doze_engine::{Engine, EngineError, Revival, SnapshotFilter, StartOverrides, TargetState};
+use doze_engine::{
+    Engine, EngineError, Revival, SnapshotFilter, StandbyOptions, StartOverrides, TargetState,
+};
 use doze_lifecycle::State;
 
 use crate::{
@@ -95,7 +97,10 @@ async fn command(
         several => snapshots[dice.below(several)].id.clone(),
     };
     match kind {
-        0 | 1 => engine.standby(name, false).await.map(drop),
+        0 | 1 => engine
+            .standby(name, StandbyOptions::default())
+            .await
+            .map(drop),
         2 | 3 => engine.restore(name).await.map(drop),
         4 | DISCARD => {
             let overrides = StartOverrides::default();

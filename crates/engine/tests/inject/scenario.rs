@@ -1,7 +1,9 @@
 //! Everything an instance can be told to do, from where it can be told.
 use std::time::Duration;
 
-use doze_engine::{EngineError, Revival, SnapshotKind, StartOverrides, TargetState};
+use doze_engine::{
+    EngineError, Revival, SnapshotKind, StandbyOptions, StartOverrides, TargetState,
+};
 use doze_lifecycle::State;
 
 use crate::{
@@ -301,7 +303,12 @@ impl Scenario {
         let engine = lab.engine();
         match self.from {
             Begin::Nothing | Begin::Running | Begin::Forked => {}
-            Begin::Standby => drop(engine.standby(NAME, false).await.unwrap()),
+            Begin::Standby => drop(
+                engine
+                    .standby(NAME, StandbyOptions::default())
+                    .await
+                    .unwrap(),
+            ),
             Begin::Stopped => drop(engine.stop(NAME).await.unwrap()),
             Begin::RolledBack => {
                 let revival = Revival {

@@ -41,10 +41,17 @@ async fn requests_are_refused_before_anything_changes() {
         ),
         (
             snapshots,
-            json!({"kind": "Standby", "compression": {"enabled": true}}),
-            501,
-            "not_implemented",
-            "compression: ",
+            json!({"kind": "Standby", "compression": {"enabled": true, "algorithm": "lz4", "level": 12}}),
+            400,
+            "invalid_field",
+            "compression.level: 12 ",
+        ),
+        (
+            snapshots,
+            json!({"kind": "Standby", "compression": {"enabled": true, "algorithm": "gzip"}}),
+            400,
+            "invalid_field",
+            "algorithm: \"gzip\" ",
         ),
         (
             snapshots,

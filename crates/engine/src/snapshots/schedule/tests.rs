@@ -35,6 +35,7 @@ fn taken(id: &str, at_us: i64) -> Arc<Snapshot> {
         spec: serde_json::from_value(spec).unwrap(),
         record,
         inherited: false,
+        compression: None,
     })
 }
 
