@@ -1,5 +1,5 @@
 //! `doze inspect`: everything the server says about an instance.
-use doze_api::Instance;
+use doze_api::{Instance, StandbyCompressionState};
 
 use super::common;
 use crate::{connection, failure::Failure, output};
@@ -40,6 +40,23 @@ pub async fn run(args: Args, options: &connection::Options) -> Result<u8, Failur
     Ok(0)
 }
 
+/// What becomes of its memory while it sleeps.
+fn compression(instance: &Instance) -> String {
+    let Some(kept) = &instance.standby_compression else {
+        return String::new();
+    };
+    let how = super::compression::shown(&kept.compression);
+    let raw = kept.uncompressed_size_bytes;
+    match (kept.state, kept.compressed_size_bytes, &kept.error) {
+        (StandbyCompressionState::Pending, ..) => format!("{how}, pending, due {}", kept.due_at),
+        (_, Some(size), _) => {
+            format!("{how}, {} of {}", output::bytes(size), output::bytes(raw))
+        }
+        (_, _, Some(error)) => format!("{how}, failed: {error}"),
+        (state, ..) => format!("{how}, {}", state.as_str()),
+    }
+}
+
 fn describe(instance: &Instance) -> String {
     let mut lines = Vec::new();
     let mut say = |key: &str, value: &str| {
@@ -77,6 +94,7 @@ fn describe(instance: &Instance) -> String {
         "monitor",
         instance.hypervisor.map(|h| h.as_str()).unwrap_or_default(),
     );
+    say("compression", &compression(instance));
     say("platform", instance.platform.as_deref().unwrap_or_default());
     say(
         "vcpus",

@@ -5,6 +5,7 @@ use crate::{connection, failure::Failure};
 
 pub mod auto_standby;
 mod common;
+mod compression;
 pub mod debug;
 pub mod doctor;
 pub mod drain;

@@ -11,11 +11,13 @@
 use std::collections::BTreeMap;
 
 use doze_api::{
-    CreateInstanceRequest, CreateNetwork, Hypervisor, Instance, InstanceState, client::LogsQuery,
+    CreateInstanceRequest, CreateNetwork, Hypervisor, Instance, InstanceState,
+    client::LogsQuery,
+    policy::{SnapshotCompressionConfig, SnapshotPolicy},
 };
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::{common, logs};
+use super::{common, compression, logs};
 use crate::{
     attach,
     connection::{self, Server},
@@ -73,6 +75,13 @@ pub struct Args {
     /// Leave the instance without a network
     #[arg(long)]
     no_network: bool,
+    /// Compress its memory whenever it sleeps and in its snapshots: zstd or lz4, with a level if need be (zstd:3);
+    /// none: keep it as it is. Without it, the server decides
+    #[arg(long, value_name = compression::FORM, value_parser = compression::wanted)]
+    compress: Option<SnapshotCompressionConfig>,
+    /// Let it sleep so long before its memory is compressed, for example 5m
+    #[arg(long, value_name = "DURATION")]
+    compress_delay: Option<String>,
     /// Print JSON (with -d)
     #[arg(long, requires = "detach")]
     json: bool,
@@ -170,6 +179,12 @@ fn request(args: &Args, attached: bool) -> CreateInstanceRequest {
         network: args.no_network.then(|| CreateNetwork {
             enabled: Some(false),
             ..CreateNetwork::default()
+        }),
+        snapshot_policy: (args.compress.is_some() || args.compress_delay.is_some()).then(|| {
+            SnapshotPolicy {
+                compression: args.compress.clone(),
+                standby_compression_delay: args.compress_delay.clone(),
+            }
         }),
         ..CreateInstanceRequest::default()
     }

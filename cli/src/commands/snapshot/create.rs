@@ -1,7 +1,14 @@
 //! `doze snapshot create`: keep a moment of an instance.
-use doze_api::{CreateSnapshotRequest, InstanceState, SnapshotKind};
+use doze_api::{
+    CreateSnapshotRequest, InstanceState, SnapshotKind, policy::SnapshotCompressionConfig,
+};
 
-use crate::{commands::common, connection, failure::Failure, output, progress};
+use crate::{
+    commands::{common, compression},
+    connection,
+    failure::Failure,
+    output, progress,
+};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -14,6 +21,10 @@ pub struct Args {
     /// Tag; repeat for several
     #[arg(long = "tag", value_name = "KEY=VALUE", value_parser = common::pair)]
     tags: Vec<(String, String)>,
+    /// Compress the memory: zstd or lz4, with a level if need be (zstd:3); none: keep it as it is. Without it, the
+    /// instance's policy decides, or the server's
+    #[arg(long, value_name = compression::FORM, value_parser = compression::wanted)]
+    compress: Option<SnapshotCompressionConfig>,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -33,7 +44,7 @@ pub async fn run(args: Args, options: &connection::Options) -> Result<u8, Failur
         kind: args.kind.unwrap_or_else(|| fitting(instance.state)),
         name: args.called,
         tags: (!args.tags.is_empty()).then(|| common::map(args.tags)),
-        compression: None,
+        compression: args.compress,
     };
     let taking = server.client.create_snapshot(&instance.id, &request);
     let snapshot = progress::during(&format!("taking a snapshot of {}", instance.name), taking)

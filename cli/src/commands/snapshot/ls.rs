@@ -1,8 +1,13 @@
 //! `doze snapshot ls`: which snapshots there are.
-use doze_api::{Snapshot, SnapshotKind, client::SnapshotListFilter};
+use doze_api::{CompressionState, Snapshot, SnapshotKind, client::SnapshotListFilter};
 use time::OffsetDateTime;
 
-use crate::{commands::common, connection, failure::Failure, output};
+use crate::{
+    commands::{common, compression},
+    connection,
+    failure::Failure,
+    output,
+};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -58,13 +63,13 @@ fn render(snapshots: &[Snapshot], now: OffsetDateTime) -> String {
     let rows: Vec<_> = snapshots.iter().map(|s| row(s, now)).collect();
     output::table(
         [
-            "ID", "NAME", "OF", "KIND", "AGE", "SIZE", "ON DISK", "TAKEN BY",
+            "ID", "NAME", "OF", "KIND", "AGE", "SIZE", "ON DISK", "MEMORY", "TAKEN BY",
         ],
         &rows,
     )
 }
 
-fn row(snapshot: &Snapshot, now: OffsetDateTime) -> [String; 8] {
+fn row(snapshot: &Snapshot, now: OffsetDateTime) -> [String; 9] {
     let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
     [
         common::short_id(&snapshot.id).to_owned(),
@@ -74,6 +79,7 @@ fn row(snapshot: &Snapshot, now: OffsetDateTime) -> [String; 8] {
         output::age(Some(&snapshot.created_at), now),
         output::bytes(snapshot.size_bytes),
         or_dash(snapshot.allocated_bytes.map(output::bytes)),
+        memory(snapshot),
         if snapshot.scheduled {
             "schedule"
         } else {
@@ -81,6 +87,18 @@ fn row(snapshot: &Snapshot, now: OffsetDateTime) -> [String; 8] {
         }
         .to_owned(),
     ]
+}
+
+/// How its memory is kept, if it has any.
+fn memory(snapshot: &Snapshot) -> String {
+    let how = (snapshot.compression.as_ref()).map_or_else(String::new, compression::shown);
+    match snapshot.compression_state {
+        _ if snapshot.kind == SnapshotKind::Stopped => "-".to_owned(),
+        None | Some(CompressionState::None) => "raw".to_owned(),
+        Some(CompressionState::Compressed) => how,
+        Some(CompressionState::Compressing) => format!("raw, {how} soon"),
+        Some(CompressionState::Error) => format!("raw, {how} failed"),
+    }
 }
 
 #[cfg(test)]
@@ -97,15 +115,17 @@ mod tests {
         let mut nightly = snapshot("abcdefghijklmnopqrstuvwx", Some("nightly-1"), "web");
         nightly.allocated_bytes = Some(1 << 20);
         nightly.scheduled = true;
+        nightly.compression = compression::wanted("zstd:3").ok();
+        nightly.compression_state = Some(CompressionState::Compressed);
         let text = render(&[nightly, snapshot("b", None, "db")], now);
         let lines: Vec<_> = text.lines().collect();
         assert_eq!(
             lines[1],
-            "abcdefghijkl  nightly-1  web  Standby  2h   3.0 MiB  1.0 MiB  schedule"
+            "abcdefghijkl  nightly-1  web  Standby  2h   3.0 MiB  1.0 MiB  zstd:3  schedule"
         );
         assert_eq!(
             lines[2],
-            "b             -          db   Standby  2h   3.0 MiB  -        user"
+            "b             -          db   Standby  2h   3.0 MiB  -        raw     user"
         );
     }
 

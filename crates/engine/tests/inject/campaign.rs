@@ -53,7 +53,7 @@ pub struct DryRun {
 }
 
 pub fn dry_run(scenario: &Scenario) -> DryRun {
-    let lab = Lab::new();
+    let lab = Lab::new(scenario.packs);
     let mut ledgers = Ledgers::default();
     let stake = scenario.prepare(&lab);
     lab.world.state().steps.arm(scenario.plans());
@@ -109,7 +109,7 @@ fn crash_run(scenario: &Scenario, job: &Job) -> Found {
 }
 
 fn crash_once(scenario: &Scenario, job: &Job) -> Found {
-    let mut lab = Lab::new();
+    let mut lab = Lab::new(scenario.packs);
     let mut ledgers = Ledgers::default();
     let stake = scenario.prepare(&lab);
     if let Some(view) = lab.view(NAME) {

@@ -6,7 +6,8 @@ use std::{
 };
 
 use doze_engine::{
-    EngineError, InstanceView, SnapshotKind, StandbyOptions, StartOverrides, TargetState,
+    EngineError, InstanceView, MemoryCompression, Progress, SnapshotKind, StandbyOptions,
+    StartOverrides, TargetState,
 };
 use doze_lifecycle::State;
 use doze_vmm::MachineStatus;
@@ -14,7 +15,7 @@ use doze_vmm::MachineStatus;
 use crate::{
     commands::unscheduled,
     copies,
-    lab::{Lab, PATIENCE, settled},
+    lab::{Lab, PATIENCE, packed, settled},
     scenario::{Begin, NAME, Op, Scenario, Stake},
 };
 
@@ -41,6 +42,7 @@ impl Ledgers {
 
 /// Records, files and processes agree.
 pub fn consistent(lab: &Lab, ledgers: &mut Ledgers) -> Faults {
+    lab.run(packed(&lab.engine(), &lab.world));
     let mut faults = std::mem::take(&mut lab.world.state().violations);
     let views = lab.engine().list();
     for view in &views {
@@ -104,12 +106,18 @@ fn record_and_files(lab: &Lab, view: &InstanceView) -> Faults {
     let dir = lab.instance_dir(&view.id);
     let sleeps = record.state() == State::Standby;
     let awake = record.machine().is_some();
+    let packed = sleeps && is_packed(view.compression.as_ref());
     let rules = [
         // What is left of a consumed snapshot goes at the next standby or stop of a guest that runs.
         ("snapshot", sleeps, !sleeps),
         ("snapshot.stage", false, true),
         ("snapshot.consumed", false, !awake),
-        ("memory", sleeps || awake, !(sleeps || awake)),
+        (
+            "memory",
+            (sleeps && !packed) || awake,
+            packed || !(sleeps || awake),
+        ),
+        ("memory.lz4", packed, !packed),
         ("run", awake, !awake),
         ("incoming", false, true),
         ("incoming.stage", false, true),
@@ -123,6 +131,7 @@ fn record_and_files(lab: &Lab, view: &InstanceView) -> Faults {
             faults.push(format!("{}: {name} is left", record.state()));
         }
     }
+    faults.extend(half_made(&dir));
     if sleeps != record.has_snapshot() {
         faults.push(format!(
             "{} with has_snapshot {}",
@@ -131,6 +140,17 @@ fn record_and_files(lab: &Lab, view: &InstanceView) -> Faults {
         ));
     }
     faults
+}
+
+pub fn is_packed(compression: Option<&MemoryCompression>) -> bool {
+    compression.is_some_and(|c| matches!(c.progress, Progress::Compressed { .. }))
+}
+
+/// Memory that is nothing yet.
+pub fn half_made(dir: &Path) -> Faults {
+    let stages = names(dir).into_iter();
+    let stages = stages.filter(|name| name.starts_with(".memory"));
+    stages.map(|name| format!("{name} is left")).collect()
 }
 
 pub fn names(dir: &Path) -> Vec<String> {
@@ -271,7 +291,7 @@ fn exact(scenario: &Scenario, end: End, died: bool) -> Option<State> {
     }
     match scenario.op {
         Op::Create | Op::Start | Op::StartDiscarding | Op::Restore => awake,
-        Op::Standby => Some(State::Standby),
+        Op::Standby | Op::Pack => Some(State::Standby),
         Op::Stop | Op::PowerOff | Op::Death => Some(State::Stopped),
         Op::Rollback(TargetState::Running) => awake,
         Op::Rollback(TargetState::Standby) => Some(State::Standby),

@@ -8,7 +8,7 @@ use doze_engine::{
 use doze_lifecycle::State;
 
 use crate::{
-    lab::{Lab, PATIENCE},
+    lab::{Lab, PATIENCE, packed},
     scenario::{FORK, KEPT, NAME, NEW, Op, When},
     steps::{Crash, Step},
     world::World,
@@ -68,6 +68,12 @@ pub async fn command(engine: Engine, world: World, op: Op) -> Answer {
             .standby(NAME, StandbyOptions::default())
             .await
             .map(drop),
+        Op::Pack => {
+            let options = StandbyOptions::default();
+            engine.standby(NAME, options).await?;
+            packed(&engine, &world).await;
+            Ok(())
+        }
         Op::Restore => engine.restore(NAME).await.map(drop),
         Op::Stop => engine.stop(NAME).await.map(drop),
         Op::Delete => engine.delete(NAME, true).await,

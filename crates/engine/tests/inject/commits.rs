@@ -9,7 +9,7 @@ use crate::{
 fn commits(name: &str) -> usize {
     let all = scenarios::plain();
     let scenario = all.iter().find(|scenario| scenario.name == name).unwrap();
-    let lab = Lab::new();
+    let lab = Lab::new(false);
     scenario.prepare(&lab);
     lab.world.state().steps.arm(Vec::new());
     scenario.act(&lab, PATIENCE / 2).unwrap();

@@ -5,7 +5,7 @@ use doze_engine::{InstanceView, Snapshot, SnapshotFilter, TargetState};
 use doze_lifecycle::State;
 
 use crate::{
-    check::{End, Faults, names, sleeps_and_wakes, wakes},
+    check::{End, Faults, half_made, is_packed, names, sleeps_and_wakes, wakes},
     commands::fork_stored,
     content::{self, Content},
     lab::{Lab, PATIENCE, settled},
@@ -93,6 +93,24 @@ pub fn outcome(lab: &Lab, scenario: &Scenario, stake: &Stake, end: End) -> Fault
     faults
 }
 
+/// There is one form of it, the one that its row tells of.
+fn memory_of(dir: &std::path::Path, packed: bool) -> std::io::Result<Content> {
+    let (raw, artefact) = (dir.join("memory"), dir.join("memory.lz4"));
+    if (raw.exists(), artefact.exists()) != (!packed, packed) {
+        let text = format!("packed {packed}, and there are {:?}", names(dir));
+        return Err(std::io::Error::other(text));
+    }
+    if !packed {
+        return content::of_memory(&raw);
+    }
+    let unpacked = tempfile::tempdir()?;
+    let raw = unpacked.path().join("memory");
+    let (options, cancel) = Default::default();
+    doze_snapshot::decompress_file(&artefact, &raw, options, &cancel, &mut |_| {})
+        .map_err(std::io::Error::other)?;
+    content::of_memory(&raw)
+}
+
 /// Its files are those that its row tells of.
 pub fn whole(lab: &Lab, snapshot: &Snapshot) -> Option<String> {
     let dir = lab.snapshot_dir(&snapshot.id);
@@ -117,8 +135,11 @@ pub fn whole(lab: &Lab, snapshot: &Snapshot) -> Option<String> {
     if snapshot.memory_bytes == 0 {
         return None;
     }
+    if let Some(left) = half_made(&dir).pop() {
+        return Some(format!("in a snapshot {left}"));
+    }
     let parts = (
-        content::of_memory(&dir.join("memory")),
+        memory_of(&dir, is_packed(snapshot.compression.as_ref())),
         content::of_overlay(&dir.join("overlay.raw")),
         content::saved(&dir.join("snapshot/state")),
     );

@@ -61,7 +61,7 @@ fn jobs() -> Vec<Job> {
 
 fn run(job: &Job) -> Faults {
     let scenario = &job.scenario;
-    let lab = Lab::new();
+    let lab = Lab::new(scenario.packs);
     let mut ledgers = Ledgers::default();
     let stake = scenario.prepare(&lab);
     let plans = vec![(job.step.clone(), job.act)];

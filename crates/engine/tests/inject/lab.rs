@@ -7,8 +7,9 @@ use std::{
 };
 
 use doze_engine::{
-    AutoStandbyConfig, CreateRequest, Engine, EngineConfig, InstanceView, Limits, Monitors,
-    SnapshotConfig, StandbyConfig,
+    Algorithm, AutoStandbyConfig, Codec, Compression, CreateRequest, Engine, EngineConfig,
+    InstanceView, Limits, MemoryCompression, Monitors, Progress, SnapshotConfig, SnapshotFilter,
+    StandbyConfig,
 };
 use doze_image::ImageStore;
 use doze_lifecycle::State;
@@ -135,12 +136,14 @@ struct Server {
 
 pub struct Lab {
     pub world: World,
+    /// Whatever sleeps is compressed.
+    packs: bool,
     dir: tempfile::TempDir,
     server: Option<Server>,
 }
 
 impl Lab {
-    pub fn new() -> Lab {
+    pub fn new(packs: bool) -> Lab {
         let template = template();
         let dir = tempfile::Builder::new()
             .prefix("dz")
@@ -149,6 +152,7 @@ impl Lab {
         copy(&template.dir.path().join("data"), &dir.path().join("d"));
         let mut lab = Lab {
             world: World::new(template.guests.handle().clone()),
+            packs,
             dir,
             server: None,
         };
@@ -251,7 +255,9 @@ impl Lab {
             },
             snapshot: SnapshotConfig {
                 max_concurrent_compressions: 2,
-                ..SnapshotConfig::default()
+                compression_default: self
+                    .packs
+                    .then(|| Compression::On(Codec::new(Algorithm::Lz4, None).unwrap())),
             },
             memory: MemoryBacking::Shared,
             kill: self.world.kill_switch(),
@@ -324,5 +330,25 @@ pub async fn settled(
 pub async fn settle(engine: &Engine, world: &World, patience: Duration) {
     for name in [NAME, FORK] {
         settled(engine, world, name, patience).await;
+    }
+    packed(engine, world).await;
+}
+
+/// Waits until whatever sleeps and is to be compressed is.
+pub async fn packed(engine: &Engine, world: &World) {
+    let planned = |compression: Option<&MemoryCompression>| {
+        compression.is_some_and(|c| c.progress == Progress::Planned)
+    };
+    let begun = Instant::now();
+    while !world.crashed() && begun.elapsed() < PATIENCE / 2 {
+        let sleeping = engine.list().into_iter().any(|view| {
+            let rests = view.state() == State::Standby && view.record.operation().is_none();
+            rests && planned(view.compression.as_ref())
+        });
+        let stored = engine.list_snapshots(&SnapshotFilter::default());
+        if !sleeping && !stored.iter().any(|s| planned(s.compression.as_ref())) {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }

@@ -211,7 +211,8 @@ fn recovered(lab: &Lab, ledgers: &mut Ledgers, asleep: &[(String, u64)]) -> Faul
 
 fn run(case: &Case) -> Faults {
     let mut dice = Dice(case.0);
-    let mut lab = Lab::new();
+    // Half of them compress whatever sleeps.
+    let mut lab = Lab::new(case.0 % 2 == 1);
     let mut ledgers = Ledgers::default();
     let engine = lab.engine();
     for name in &NAMES[..2] {

@@ -9,7 +9,7 @@ use doze_lifecycle::State;
 use crate::{
     commands::{answered, arrival, command, fork, take, until},
     content::Content,
-    lab::{Lab, PATIENCE, settle, settled},
+    lab::{Lab, PATIENCE, packed, settle, settled},
     steps::{Act, Step},
 };
 
@@ -29,6 +29,8 @@ pub enum Op {
     Start,
     StartDiscarding,
     Standby,
+    /// A standby, and all that was planned with it.
+    Pack,
     Restore,
     Stop,
     /// The guest gets time to end.
@@ -95,6 +97,8 @@ pub struct Scenario {
     pub kept: Option<SnapshotKind>,
     /// Every crash is made with both ends, also in a short run.
     pub thorough: bool,
+    /// The server compresses whatever sleeps.
+    pub packs: bool,
 }
 
 impl Scenario {
@@ -112,6 +116,14 @@ impl Scenario {
             stubborn: false,
             kept: None,
             thorough: false,
+            packs: false,
+        }
+    }
+
+    pub fn packing(name: &'static str, from: Begin, op: Op) -> Scenario {
+        Scenario {
+            packs: true,
+            ..Scenario::plain(name, from, op)
         }
     }
 
@@ -159,7 +171,8 @@ impl Scenario {
         let copies = |op: Op| match op {
             Op::Snapshot | Op::Fork(_) | Op::ForkStored(_) => true,
             Op::DropSnapshot | Op::DropFork | Op::Schedule => true,
-            Op::Create | Op::Start | Op::StartDiscarding | Op::Standby | Op::Restore => false,
+            Op::Create | Op::Start | Op::StartDiscarding | Op::Restore => false,
+            Op::Standby | Op::Pack => false,
             Op::Stop | Op::Delete | Op::Discard | Op::PowerOff | Op::Death => false,
             Op::Rollback(_) => false,
         };
@@ -199,7 +212,7 @@ impl Scenario {
     pub fn sleeps(&self) -> bool {
         let asleep = [Begin::Standby, Begin::Forked, Begin::RolledBack].contains(&self.from);
         let back = self.rolls_back().is_some() && self.kept == Some(SnapshotKind::Standby);
-        asleep || back || self.does(Op::Standby)
+        asleep || back || self.does(Op::Standby) || self.does(Op::Pack)
     }
 }
 
@@ -237,6 +250,7 @@ impl Scenario {
             }
         };
         let world = lab.world.clone();
+        lab.run(packed(&engine, &world));
         let view = lab.view(NAME);
         if self.altered {
             let state = lab

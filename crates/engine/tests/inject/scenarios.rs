@@ -13,7 +13,7 @@ fn every() -> Vec<Scenario> {
         ..scenario
     };
     let plain = plain().into_iter().map(thorough).collect();
-    [plain, copies(), troubled(), troubled_copies()].concat()
+    [plain, copies(), troubled(), troubled_copies(), packing()].concat()
 }
 
 /// All that are wanted.
@@ -219,5 +219,101 @@ pub fn troubled_copies() -> Vec<Scenario> {
         of("delete of a snapshot, twice", F::Running, O::DropSnapshot)
             .keeping(memory)
             .then(W::Point("snapshot.row_removed"), O::DropSnapshot),
+    ]
+}
+
+/// On a server that compresses whatever sleeps.
+pub fn packing() -> Vec<Scenario> {
+    use {Begin as F, Op as O, TargetState as T, When as W};
+    let of = Scenario::packing;
+    let memory = SnapshotKind::Standby;
+    let pack = |name| of(name, F::Running, O::Pack);
+    let restore = |name| of(name, F::Standby, O::Restore);
+    vec![
+        pack("compressed"),
+        pack("compressed, restored when made").then(W::Point("compression.made"), O::Restore),
+        pack("compressed, restored when it is").then(W::Point("compression.recorded"), O::Restore),
+        pack("compressed, snapshot when made").then(W::Point("compression.made"), O::Snapshot),
+        pack("compressed, forked when made")
+            .then(W::Point("compression.made"), O::Fork(T::Standby)),
+        pack("compressed, deleted when made").then(W::Point("compression.made"), O::Discard),
+        of(
+            "standby, restored while compressing",
+            F::Running,
+            O::Standby,
+        )
+        .then(W::Point("standby.recorded"), O::Restore),
+        restore("restore of compressed memory"),
+        restore("restore of compressed memory, load refused").fails("vmm.load", Act::Refuse),
+        restore("restore of compressed memory, VMM dies loading").fails("vmm.load", Act::Die),
+        restore("restore of compressed memory, deleted").then(W::Call("vmm.load"), O::Discard),
+        Scenario {
+            altered: true,
+            ..restore("restore of compressed memory with an altered state")
+        },
+        of(
+            "start discarding compressed memory",
+            F::Standby,
+            O::StartDiscarding,
+        ),
+        of("snapshot of compressed memory", F::Standby, O::Snapshot),
+        of(
+            "snapshot of a running one, compressed",
+            F::Running,
+            O::Snapshot,
+        ),
+        of("fork of compressed memory", F::Standby, O::Fork(T::Running)),
+        of(
+            "fork of compressed memory, asleep",
+            F::Standby,
+            O::Fork(T::Standby),
+        ),
+        of(
+            "fork of compressed memory, stopped",
+            F::Standby,
+            O::Fork(T::Stopped),
+        ),
+        of(
+            "fork of a compressed snapshot",
+            F::Running,
+            O::ForkStored(T::Running),
+        )
+        .keeping(memory),
+        of(
+            "fork of a compressed snapshot, asleep",
+            F::Stopped,
+            O::ForkStored(T::Standby),
+        )
+        .keeping(memory),
+        of(
+            "rollback to compressed memory",
+            F::Running,
+            O::Rollback(T::Running),
+        )
+        .keeping(memory),
+        of(
+            "rollback of compressed memory",
+            F::Standby,
+            O::Rollback(T::Standby),
+        )
+        .keeping(memory),
+        of(
+            "rollback of compressed memory, running",
+            F::Standby,
+            O::Rollback(T::Running),
+        )
+        .keeping(memory),
+        of(
+            "delete of a compressed snapshot",
+            F::Standby,
+            O::DropSnapshot,
+        )
+        .keeping(memory),
+        of("restore of a new compressed fork", F::Forked, O::Restore),
+        of(
+            "restore after a rollback to compressed memory",
+            F::RolledBack,
+            O::Restore,
+        ),
     ]
 }
