@@ -70,7 +70,11 @@ pub(super) fn encode(metrics: &CompressionMetrics, encoder: &mut DescriptorEncod
             .collect()
     })?;
     let help = "From plan to begin, the delay included";
-    let wait = ("doze_snapshot_compression_wait", help, Some(&Unit::Seconds));
+    let wait = (
+        "doze_snapshot_compression_wait_duration",
+        help,
+        Some(&Unit::Seconds),
+    );
     histograms(encoder, wait, metrics, |jobs| vec![(vec![], &jobs.wait)])?;
     let help = "Raw bytes by compressed ones";
     let ratio = ("doze_snapshot_compression_ratio", help, None);
@@ -145,7 +149,7 @@ fn preemptions(metrics: &CompressionMetrics, encoder: &mut DescriptorEncoder) ->
 
 fn preparations(metrics: &CompressionMetrics, encoder: &mut DescriptorEncoder) -> fmt::Result {
     let help = "Until a restore had its raw memory, by how it came to it";
-    let name = "doze_restore_memory_preparation";
+    let name = "doze_snapshot_restore_memory_prepare_duration";
     let unit = Some(&Unit::Seconds);
     let mut family = encoder.encode_descriptor(name, help, unit, MetricType::Histogram)?;
     for ((how, hypervisor), histogram) in &metrics.preparations {

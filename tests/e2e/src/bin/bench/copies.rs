@@ -75,17 +75,23 @@ async fn one(world: &World, hypervisor: &str) -> Result<()> {
     api.post_empty(&format!("/instances/{id}/standby"))
         .await?
         .expect(200)?;
-    let mut forks = Vec::new();
+    let (mut forks, mut windows) = (Vec::new(), Vec::new());
     for round in 0..=ROUNDS {
-        let took = fork(world, &id).await?;
+        let (took, window) = fork(world, &id).await?;
         if round > 0 {
             forks.push(took);
+            windows.push(window);
         }
     }
     row(
         "fork of a sleeping instance, call to verified answer",
         &mut forks,
         "500 ms",
+    )?;
+    row(
+        "of it, from the resume to the identity's acknowledgement",
+        &mut windows,
+        "",
     )?;
     let mut together = Vec::new();
     for _ in 0..3 {
@@ -105,12 +111,17 @@ async fn one(world: &World, hypervisor: &str) -> Result<()> {
     api.remove(&id).await
 }
 
-async fn fork(world: &World, source: &str) -> Result<Duration> {
+/// The call, and the part of it in which the guest runs and has not said yet that it is somebody else.
+async fn fork(world: &World, source: &str) -> Result<(Duration, Duration)> {
     let begun = Instant::now();
     let made = start_fork(world, source).await?;
     let took = begun.elapsed();
-    world.api().await?.remove(&made).await?;
-    Ok(took)
+    let api = world.api().await?;
+    let laps = laps(api, &made, "waking the fork took").await?;
+    let at = |what: &str| laps.get(what).with_context(|| format!("no {what}"));
+    let window = at("answered")?.saturating_sub(*at("resumed")?);
+    api.remove(&made).await?;
+    Ok((took, window))
 }
 
 async fn start_fork(world: &World, source: &str) -> Result<String> {

@@ -20,6 +20,7 @@ use doze_e2e::{
 use serde_json::json;
 
 mod auto_standby;
+mod compression;
 mod copies;
 mod standby;
 
@@ -55,6 +56,7 @@ fn bench(sandbox: Sandbox) -> Result<()> {
         standby::cycles(&world).await?;
         copies::copies(&world, "copied (no reflink)").await?;
         auto_standby::cycles(&world).await?;
+        compression::restores(&world).await?;
         world.tear_down().await?;
         let sharing = World::new(tools, sandbox, "bench-reflink", &options)?;
         copies::share_blocks(&sharing)?;

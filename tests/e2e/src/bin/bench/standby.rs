@@ -19,7 +19,7 @@ const CYCLES: usize = 10;
 /// Cycles before which the host forgets its page cache.
 const COLD: usize = 5;
 /// 150 MiB that do not compress and 150 MiB of text, where no file system can share or drop them.
-const FILL: &str = "mount -o remount,size=420M /dev/shm && \
+pub const FILL: &str = "mount -o remount,size=420M /dev/shm && \
                     dd if=/dev/urandom of=/dev/shm/noise bs=1M count=150 2>/dev/null && \
                     yes 'a line of text that repeats' | head -c 157286400 > /dev/shm/text && sync";
 /// What a guest in use does between two sleeps: 20 MiB are new.
