@@ -12,6 +12,7 @@ use std::{collections::VecDeque, future::Future, pin::Pin, sync::Arc};
 use doze_host::conntrack::policy::Policy;
 use doze_lifecycle::{Admission, Cause, Command, Fact, Operation, admission::admit};
 use tokio::sync::{mpsc, oneshot, watch};
+use tracing::Instrument as _;
 
 use crate::{
     EngineError, InstanceView, StandbyOptions, StartOverrides,
@@ -107,6 +108,27 @@ impl Message {
             Message::Rollback { .. } => Some(Command::Rollback),
             Message::Create { .. } | Message::Fork { .. } | Message::Update { .. } => None,
             Message::Recover { .. } | Message::Retire { .. } => None,
+        }
+    }
+
+    /// For traces.
+    fn name(&self) -> &'static str {
+        match self {
+            Message::Create { .. } => "create",
+            Message::Start { .. } => "start",
+            Message::Stop { .. } => "stop",
+            Message::Standby { .. } => "standby",
+            Message::Update { .. } => "update",
+            Message::Restore { .. } => "restore",
+            Message::Delete { .. } => "delete",
+            Message::Capture {
+                command: Command::Fork { .. },
+                ..
+            } => "copy for a fork",
+            Message::Capture { .. } => "copy for a snapshot",
+            Message::Fork { .. } => "fork",
+            Message::Rollback { .. } => "rollback",
+            Message::Recover { .. } | Message::Retire { .. } => "recover",
         }
     }
 
@@ -351,8 +373,12 @@ fn begin(mut instance: Box<Instance>, mut message: Message) -> Holding {
         _ => Cancel::new(),
     };
     instance.on_behalf = Some(message.cause());
-    let (token, needs_files, task) = (cancel.clone(), message.needs_files(), message.task());
-    let work = Box::pin(async move {
+    let (token, needs_files) = (cancel.clone(), message.needs_files());
+    let span = tracing::info_span!(
+        "operation", instance = %instance.id, operation = message.name(), cause = message.cause().as_str()
+    );
+    let task = message.task();
+    let work = async move {
         // Here, for all of them: nobody else is at work in an instance's files while an operation runs.
         if let Some(by) = needs_files {
             instance.halt_compression(by).await;
@@ -366,7 +392,8 @@ fn begin(mut instance: Box<Instance>, mut message: Message) -> Holding {
             outcome,
             gone,
         }
-    });
+    };
+    let work = Box::pin(work.instrument(span));
     Holding::Busy(Busy {
         work,
         cancel,

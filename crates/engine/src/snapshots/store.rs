@@ -3,6 +3,7 @@ use std::sync::Arc;
 
 use doze_host::files;
 use doze_lifecycle::{Cause, Command, State};
+use tracing::Instrument as _;
 
 use super::{Revival, Snapshot, SnapshotFilter, SnapshotKind, SnapshotRequest, TargetState};
 use crate::{
@@ -43,10 +44,11 @@ impl Engine {
         cause: Cause,
     ) -> Result<Arc<Snapshot>, EngineError> {
         let engine = self.clone();
-        self.to_the_end("snapshot", async move {
-            engine.take_snapshot(&entry, request, cause).await
-        })
-        .await
+        let span = tracing::info_span!(
+            "operation", instance = %entry.view().id, operation = "snapshot", cause = cause.as_str()
+        );
+        let work = async move { engine.take_snapshot(&entry, request, cause).await };
+        self.to_the_end("snapshot", work.instrument(span)).await
     }
 
     async fn take_snapshot(
