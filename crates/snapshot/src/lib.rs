@@ -1,3 +1,6 @@
+//! What a sleeping guest is on disk: its manifest ([`manifest`]), its memory packed, and all of it as one stream
+//! to another host ([`stream`]).
+//!
 //! The memory image codec: a sleeping instance's `memory` file to a `memory.zst` or `memory.lz4` and
 //! back, without ever being in the way.
 //!
@@ -31,6 +34,7 @@
 //! once served lazily. The measurements are in docs/performance.md.
 pub mod format;
 pub mod manifest;
+pub mod stream;
 
 mod artefact;
 mod cancel;
