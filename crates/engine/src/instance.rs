@@ -364,7 +364,7 @@ pub fn store_error(error: crate::store::StoreError) -> EngineError {
 }
 
 /// An error with its sources, for one line.
-fn chain(error: &dyn std::error::Error) -> String {
+pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {

@@ -141,6 +141,15 @@ pub struct Lab {
 
 impl Lab {
     pub fn new() -> Lab {
+        Lab::in_world(World::new(template().guests.handle().clone()))
+    }
+
+    /// Another server, with a data folder of its own, among the same machines.
+    pub fn beside(&self) -> Lab {
+        Lab::in_world(self.world.clone())
+    }
+
+    fn in_world(world: World) -> Lab {
         let template = template();
         let dir = tempfile::Builder::new()
             .prefix("dz")
@@ -148,7 +157,7 @@ impl Lab {
             .unwrap();
         copy(&template.dir.path().join("data"), &dir.path().join("d"));
         let mut lab = Lab {
-            world: World::new(template.guests.handle().clone()),
+            world,
             dir,
             server: None,
         };
