@@ -39,6 +39,7 @@ mod metrics_auto_standby;
 mod openapi;
 mod resources;
 mod schedules;
+mod snapshot_transfer;
 mod snapshots;
 mod spec;
 #[cfg(test)]
@@ -131,6 +132,8 @@ fn served() -> OpenApiRouter<AppState> {
         .routes(routes!(snapshots::list))
         .routes(routes!(snapshots::get, snapshots::delete))
         .routes(routes!(snapshots::fork))
+        .routes(routes!(snapshot_transfer::export))
+        .routes(routes!(snapshot_transfer::import))
         .routes(routes!(schedules::set, schedules::get, schedules::delete))
         .routes(routes!(resources::resources))
         .routes(routes!(metrics::metrics))

@@ -365,7 +365,7 @@ fn what_is_described_is_not_believed() {
     let there = sent.here.beside();
     let before = files(&there);
     type Change = fn(&mut serde_json::Value);
-    let cases: [Change; 11] = [
+    let cases: [Change; 13] = [
         |told| {
             let disks = told["guest"]["manifest"]["machine"]["disks"].as_array_mut();
             let disks = disks.unwrap();
@@ -384,6 +384,14 @@ fn what_is_described_is_not_believed() {
         |told| told["snapshot"]["source_id"] = "../x".into(),
         |told| told["snapshot"]["kind"] = "Stopped".into(),
         |told| told["guest"] = serde_json::Value::Null,
+        |told| told["snapshot"]["spec"]["cmd"] = serde_json::json!(["a\0b"]),
+        |told| {
+            let policy = serde_json::json!({"enabled": {
+                "idle_timeout": {"secs": 0, "nanos": 0}, "ignore_source_cidrs": [],
+                "ignore_destination_ports": [], "max_flow_idle": null
+            }});
+            told["snapshot"]["spec"]["auto_standby"] = policy;
+        },
     ];
     for (number, change) in cases.into_iter().enumerate() {
         let error = import(&there, &altered(&sent.stream, change), None).unwrap_err();

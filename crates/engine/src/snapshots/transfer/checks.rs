@@ -3,13 +3,14 @@
 use std::collections::HashSet;
 
 use doze_agent::config;
+use doze_host::conntrack::policy::{Policy, PolicyInput};
 use doze_image::Reference;
 use doze_snapshot::manifest::{MANIFEST, MANIFEST_VERSION};
 use doze_vmm::{MachineDescription, Probe};
 use serde::Deserialize;
 
 use super::{Description, Guest, Host, MAX_STATE, MAX_STATE_FILES, VERSION, has_memory, refuse};
-use crate::{EngineError, Limits, Snapshot, SnapshotKind, context::wire_name};
+use crate::{EngineError, InstanceSpec, Limits, Snapshot, SnapshotKind, context::wire_name};
 
 const MAX_TAGS: usize = 50;
 const MAX_TAG: usize = 1024;
@@ -95,6 +96,37 @@ fn snapshot(told: &Snapshot) -> Result<(), EngineError> {
     }
     if told.spec.image.parse::<Reference>().is_err() {
         return Err(broken(&format!("image {:?}", told.spec.image)));
+    }
+    program(&told.spec)
+}
+
+/// What a request for an instance would have to be, too.
+fn program(spec: &InstanceSpec) -> Result<(), EngineError> {
+    let words = [&spec.entrypoint, &spec.cmd]
+        .into_iter()
+        .flatten()
+        .flatten();
+    let variables = spec.env.iter().flat_map(|(name, value)| [name, value]);
+    if words.chain(variables).any(|word| word.contains('\0'))
+        || spec
+            .env
+            .keys()
+            .any(|name| name.is_empty() || name.contains('='))
+    {
+        return Err(broken("command or environment"));
+    }
+    if let Some(Policy::Enabled(policy)) = &spec.auto_standby {
+        let cidrs = policy.ignore_source_cidrs.iter();
+        let again = PolicyInput {
+            enabled: true,
+            idle_timeout: Some(policy.idle_timeout),
+            ignore_source_cidrs: cidrs.map(ToString::to_string).collect(),
+            ignore_destination_ports: policy.ignore_destination_ports.clone(),
+            max_flow_idle: policy.max_flow_idle,
+        };
+        if again.normalise().as_ref() != Ok(&Policy::Enabled(policy.clone())) {
+            return Err(broken("auto_standby"));
+        }
     }
     Ok(())
 }
