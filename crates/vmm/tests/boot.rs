@@ -71,7 +71,7 @@ fn a_distribution_kernel_becomes_content_addressed_boot_files() {
     };
     // Debian's cloud kernel has all of these as modules.
     for (first, then) in [
-        ("virtio_ring", "virtio"),
+        ("virtio_ring", "virtio_mmio"),
         ("virtio", "virtio_mmio"),
         ("virtio", "virtio_pci"),
         ("virtio_pci_modern_dev", "virtio_pci"),
