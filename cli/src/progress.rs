@@ -32,12 +32,13 @@ pub async fn during<T>(what: &str, work: impl Future<Output = T>) -> T {
     }
 }
 
-/// How many bytes went by, on the terminal; the line goes when this is dropped.
+/// How many bytes went by, on the terminal, from the second second on; the line goes when this is dropped.
 pub struct Bytes {
     what: &'static str,
     total: Option<u64>,
     done: u64,
-    on: bool,
+    /// `None`: nobody looks.
+    from: Option<Instant>,
     /// What stands there now.
     shown: String,
 }
@@ -49,7 +50,7 @@ impl Bytes {
             what,
             total,
             done: 0,
-            on: terminal::is_terminal(std::io::stderr()),
+            from: terminal::is_terminal(std::io::stderr()).then(|| Instant::now() + STEP),
             shown: String::new(),
         }
     }
@@ -60,7 +61,7 @@ impl Bytes {
 
     pub fn set(&mut self, done: u64) {
         self.done = done;
-        if !self.on {
+        if self.from.is_none_or(|from| Instant::now() < from) {
             return;
         }
         let text = describe(self.what, done, self.total);

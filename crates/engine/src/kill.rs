@@ -90,6 +90,8 @@ kill_points! {
     SnapshotPlaced = "snapshot.placed",
     /// Its row is there; nobody was answered.
     SnapshotRecorded = "snapshot.recorded",
+    /// All files of an imported snapshot are there, checked and durable; none has its place.
+    ImportReceived = "import.received",
     /// An imported snapshot's folder has its place; no row names it.
     ImportPlaced = "import.placed",
     /// Its row is there; nobody was answered.

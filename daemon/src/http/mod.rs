@@ -158,6 +158,7 @@ pub(crate) fn router(state: AppState) -> Router {
     let (served, _) = served().split_for_parts();
     served
         .merge(images::shadowed())
+        .merge(snapshot_transfer::shadowed())
         .merge(contract::router())
         .fallback(no_such_path)
         .method_not_allowed_fallback(no_such_method)

@@ -12,11 +12,12 @@ use std::{
 };
 
 use axum::{
-    Json,
+    Json, Router,
     body::{Body, BodyDataStream},
     extract::{Request, State},
     http::{StatusCode, header},
     response::{IntoResponse, Response},
+    routing,
 };
 use bytes::{Buf, Bytes};
 use doze_api::Snapshot;
@@ -29,7 +30,7 @@ use super::{
     AppState,
     errors::{ApiError, chain},
     extract::{QueryReader, Segment},
-    snapshots::measured,
+    snapshots::{self, measured},
 };
 use crate::convert::fields;
 
@@ -60,7 +61,7 @@ pub(super) async fn export(
     query.finish("none")?;
     let id = state.engine().get_snapshot(&id)?.id.clone();
     let (pieces, mut taken) = mpsc::channel(QUEUE);
-    let outlet = Outlet::new(pieces, Handle::current());
+    let outlet = Outlet::new(pieces, Handle::current(), state.stopping().clone());
     let engine = state.engine().clone();
     let export = state
         .sessions()
@@ -119,14 +120,17 @@ fn rest(
 struct Outlet {
     pieces: mpsc::Sender<Bytes>,
     runtime: Handle,
+    /// Nobody takes pieces off a client that reads nothing: this ends the wait for it.
+    stopping: CancellationToken,
     piece: Vec<u8>,
 }
 
 impl Outlet {
-    fn new(pieces: mpsc::Sender<Bytes>, runtime: Handle) -> Self {
+    fn new(pieces: mpsc::Sender<Bytes>, runtime: Handle, stopping: CancellationToken) -> Self {
         Self {
             pieces,
             runtime,
+            stopping,
             piece: Vec::with_capacity(PIECE),
         }
     }
@@ -148,12 +152,16 @@ impl Write for Outlet {
             return Ok(());
         }
         let piece = std::mem::replace(&mut self.piece, Vec::with_capacity(PIECE));
-        let sent = timeout(STALL, self.pieces.send(piece.into()));
-        match self.runtime.block_on(sent) {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(_)) => Err(io::ErrorKind::BrokenPipe.into()),
-            Err(_) => Err(io::ErrorKind::TimedOut.into()),
-        }
+        self.runtime.block_on(async {
+            tokio::select! {
+                sent = timeout(STALL, self.pieces.send(piece.into())) => match sent {
+                    Ok(Ok(())) => Ok(()),
+                    Ok(Err(_)) => Err(io::ErrorKind::BrokenPipe.into()),
+                    Err(_) => Err(io::ErrorKind::TimedOut.into()),
+                },
+                () = self.stopping.cancelled() => Err(io::Error::other("the server stops")),
+            }
+        })
     }
 }
 
@@ -184,9 +192,26 @@ pub(super) async fn import(
         .sessions()
         .spawn(feed(body, pieces, state.stopping().clone()));
     let engine = state.engine().clone();
-    let imported = engine.import_snapshot(Intake::new(source), name).await?;
+    let imported = match engine.import_snapshot(Intake::new(source), name).await {
+        Ok(imported) => imported,
+        // Its stream was cut by us.
+        Err(EngineError::BrokenStream { .. }) if state.stopping().is_cancelled() => {
+            return Err(EngineError::ShuttingDown.into());
+        }
+        Err(error) => return Err(error.into()),
+    };
     let answer = measured(&engine, &imported).await?;
     Ok((StatusCode::CREATED, Json(answer)))
+}
+
+/// `POST /snapshots/import` takes the path of a snapshot that is called `import`; here it gets its look and its
+/// delete back.
+pub(super) fn shadowed() -> Router<AppState> {
+    let own = || Segment("import".to_owned());
+    let get = move |state: State<AppState>, query: QueryReader| snapshots::get(state, own(), query);
+    let delete =
+        move |state: State<AppState>, query: QueryReader| snapshots::delete(state, own(), query);
+    Router::new().route("/snapshots/import", routing::get(get).delete(delete))
 }
 
 type Piece = io::Result<Bytes>;
@@ -259,7 +284,7 @@ mod tests {
     #[tokio::test]
     async fn a_writer_waits_for_its_reader_and_ends_with_it() {
         let (pieces, mut taken) = mpsc::channel(QUEUE);
-        let mut outlet = Outlet::new(pieces, Handle::current());
+        let mut outlet = Outlet::new(pieces, Handle::current(), CancellationToken::new());
         let writing = tokio::task::spawn_blocking(move || {
             outlet.write_all(&vec![7; 3 * PIECE + 1])?;
             outlet.flush()?;
@@ -274,6 +299,19 @@ mod tests {
         drop(taken);
         let error = writing.await.unwrap().unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+    }
+
+    /// The reader is there and takes nothing.
+    #[tokio::test]
+    async fn a_writer_ends_with_the_server() {
+        let (pieces, taken) = mpsc::channel(1);
+        let stopping = CancellationToken::new();
+        let mut outlet = Outlet::new(pieces, Handle::current(), stopping.clone());
+        let writing = tokio::task::spawn_blocking(move || outlet.write_all(&vec![7; 3 * PIECE]));
+        stopping.cancel();
+        let error = writing.await.unwrap().unwrap_err();
+        assert_eq!(error.to_string(), "the server stops");
+        drop(taken);
     }
 
     async fn read_all(items: Vec<Piece>) -> io::Result<Vec<u8>> {

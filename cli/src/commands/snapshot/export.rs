@@ -45,20 +45,33 @@ pub async fn run(args: Args, options: &connection::Options) -> Result<u8, Failur
         copy(&server, &mut export, tokio::io::stdout(), "standard output").await?;
         return Ok(0);
     }
+    let shown = args.output.display().to_string();
+    // What is no file is written to as it is: a device or a pipe cannot be replaced by one.
+    if let Some(special) = special(&args.output)? {
+        copy(&server, &mut export, special, &shown).await?;
+        return Ok(0);
+    }
     // Under its name only when it is whole.
     let part = Part::beside(&args.output)?;
-    let shown = args.output.display().to_string();
-    let file = part.create()?;
-    let written = copy(
-        &server,
-        &mut export,
-        &mut tokio::fs::File::from_std(file),
-        &shown,
-    )
-    .await?;
+    let file = tokio::fs::File::from_std(part.create()?);
+    let written = copy(&server, &mut export, file, &shown).await?;
     part.keep(&args.output)?;
     output::line(&format!("{shown}  {}", output::bytes(written)))?;
     Ok(0)
+}
+
+/// The device or pipe of this name, opened; `None`: a file, or nothing yet.
+fn special(path: &Path) -> Result<Option<tokio::fs::File>, Failure> {
+    let cannot = |e: io::Error| Failure::new(format!("cannot write {}: {e}", path.display()));
+    match fs::metadata(path) {
+        Ok(meta) if meta.is_file() => Ok(None),
+        Ok(_) => {
+            let opened = fs::OpenOptions::new().write(true).open(path);
+            opened.map(|file| Some(file.into())).map_err(cannot)
+        }
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(cannot(e)),
+    }
 }
 
 async fn copy(
@@ -67,6 +80,7 @@ async fn copy(
     mut to: impl AsyncWrite + Unpin,
     shown: &str,
 ) -> Result<u64, Failure> {
+    // Also when the reader has gone: half a snapshot is a failure, other than half a list.
     let cannot = |e: io::Error| Failure::new(format!("cannot write {shown}: {e}"));
     let mut progress = Bytes::new("received", None);
     while let Some(bytes) = export.chunk().await.map_err(|e| server.explain(&e))? {
@@ -121,6 +135,17 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
+
+    #[tokio::test]
+    async fn what_is_no_file_is_not_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(special(&dir.path().join("new")).unwrap().is_none());
+        fs::write(dir.path().join("old"), "x").unwrap();
+        assert!(special(&dir.path().join("old")).unwrap().is_none());
+        assert!(special(Path::new("/dev/null")).unwrap().is_some());
+        let error = special(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("cannot write"), "{error}");
+    }
 
     #[test]
     fn a_file_gets_its_name_when_it_is_whole() {

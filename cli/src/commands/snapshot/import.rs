@@ -8,6 +8,7 @@ use crate::{
     failure::Failure,
     output,
     progress::Bytes,
+    terminal,
 };
 
 #[derive(Debug, clap::Args)]
@@ -25,6 +26,11 @@ pub struct Args {
 
 pub async fn run(args: Args, options: &connection::Options) -> Result<u8, Failure> {
     if args.file == Path::new("-") {
+        if terminal::is_terminal(std::io::stdin()) {
+            return Err(Failure::new(
+                "nobody types an exported snapshot; name a file, or redirect standard input",
+            ));
+        }
         let server = connection::connect(options)?;
         return send(args, &server, tokio::io::stdin(), None).await;
     }

@@ -258,8 +258,6 @@ fn a_crash_at_any_step_loses_nothing() {
         KillPoint::ALL.len()
     );
     let points = KillPoint::ALL.iter().map(|point| point.name());
-    // Two servers take part in an import: see `transfer`.
-    let points = points.filter(|name| !name.starts_with("import."));
     let missing: Vec<&str> = points.filter(|name| !reached.contains(name)).collect();
     let all = scenarios.len() == scenarios::count();
     assert!(

@@ -1,9 +1,9 @@
 //! Snapshots that move between two servers of one world.
 use std::{
     collections::BTreeSet,
-    io::{self, Read, Write},
+    io::{self, Read},
     path::Path,
-    sync::{Arc, Mutex},
+    sync::Arc,
 };
 
 use doze_engine::{
@@ -13,26 +13,14 @@ use doze_engine::{
 use doze_lifecycle::State;
 
 use crate::{
+    commands::exported,
     lab::{Lab, PATIENCE, settled},
     steps::{Act, Step},
 };
 
+mod callers;
+
 const NAME: &str = "source";
-
-/// Collects what is written.
-#[derive(Clone, Default)]
-struct Sink(Arc<Mutex<Vec<u8>>>);
-
-impl Write for Sink {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
 
 struct Sent {
     here: Lab,
@@ -68,10 +56,7 @@ fn sent(kind: SnapshotKind) -> Sent {
     if kind == SnapshotKind::Standby {
         here.world.tick(&view.id);
     }
-    let sink = Sink::default();
-    here.run(async { engine.export_snapshot(&snapshot.id, sink.clone()).await })
-        .unwrap();
-    let stream = std::mem::take(&mut *sink.0.lock().unwrap());
+    let stream = here.run(exported(&engine, &snapshot.id)).unwrap();
     Sent {
         here,
         snapshot,
@@ -426,6 +411,21 @@ fn what_is_described_is_not_believed() {
 }
 
 #[test]
+fn what_its_source_could_not_be_brought_back_to_is_refused() {
+    let sent = sent(SnapshotKind::Stopped);
+    let networked = altered(&sent.stream, |told| {
+        told["snapshot"]["spec"]["network_enabled"] = true.into();
+    });
+    let error = import(&sent.here, &networked, Some("b")).unwrap_err();
+    assert!(
+        matches!(error, EngineError::NotImportable { .. }),
+        "{error}"
+    );
+    assert!(error.to_string().contains(NAME), "{error}");
+    import(&sent.here.beside(), &networked, None).unwrap();
+}
+
+#[test]
 fn a_crash_leaves_all_of_it_or_nothing() {
     let sent = sent(SnapshotKind::Standby);
     let reached = |lab: &Lab| {
@@ -433,7 +433,11 @@ fn a_crash_leaves_all_of_it_or_nothing() {
             .list_snapshots(&SnapshotFilter::default())
             .len()
     };
-    for (point, kept) in [(KillPoint::ImportPlaced, 0), (KillPoint::ImportRecorded, 1)] {
+    for (point, kept) in [
+        (KillPoint::ImportReceived, 0),
+        (KillPoint::ImportPlaced, 0),
+        (KillPoint::ImportRecorded, 1),
+    ] {
         let mut there = sent.here.beside();
         let step = Step::new(&format!("point {}", point.name()), 1);
         there.world.state().steps.arm(vec![(step, Act::Crash)]);
@@ -481,28 +485,4 @@ fn what_the_store_refuses_leaves_nothing() {
     assert_eq!(files(&there), before);
     import(&there, &sent.stream, None).unwrap();
     assert_eq!(std::fs::read_dir(&boot).unwrap().count(), 2);
-}
-
-#[test]
-fn a_reader_that_leaves_ends_the_export() {
-    struct Closed;
-    impl Write for Closed {
-        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
-            Err(io::ErrorKind::BrokenPipe.into())
-        }
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-    let sent = sent(SnapshotKind::Standby);
-    let engine = sent.here.engine();
-    let id = sent.snapshot.id.clone();
-    sent.here.run(async {
-        let error = engine.export_snapshot(&id, Closed).await.unwrap_err();
-        assert!(matches!(error, EngineError::Interrupted { .. }), "{error}");
-        // Nobody holds its gate any more.
-        engine.delete_snapshot(&id).await.unwrap();
-        let error = engine.export_snapshot(&id, Closed).await.unwrap_err();
-        assert!(matches!(error, EngineError::NotFound { .. }), "{error}");
-    });
 }

@@ -27,7 +27,7 @@ mod read;
 mod write;
 
 pub use read::{Block, FileHeader, StreamReader};
-pub use write::StreamWriter;
+pub use write::{Source, StreamWriter};
 
 /// What every stream begins with.
 pub const MAGIC: [u8; 14] = *b"doze-snapshot\n";

@@ -12,6 +12,10 @@ use super::*;
 
 /// What a whole stream holds.
 type Files = Vec<(String, Vec<u8>)>;
+/// Kinds and payloads.
+type Records = Vec<(u8, Vec<u8>)>;
+/// Whether it is the fault that was expected.
+type Expected<'a> = &'a dyn Fn(&StreamFault) -> bool;
 
 fn tell(files: &Files) -> Vec<u8> {
     let mut writer = StreamWriter::new(Vec::new()).unwrap();
@@ -286,15 +290,14 @@ fn exchanged_repeated_and_lost_records_are_found() {
 #[test]
 fn forged_records_are_refused() {
     let order = |fault: &StreamFault| matches!(fault, StreamFault::Order(_));
-    let is: &dyn Fn(&StreamFault) -> bool = &|fault| matches!(fault, StreamFault::Size { .. });
-    let length: &dyn Fn(&StreamFault) -> bool =
-        &|fault| matches!(fault, StreamFault::Length { .. });
-    let block: &dyn Fn(&StreamFault) -> bool = &|fault| matches!(fault, StreamFault::Block { .. });
-    let codec: &dyn Fn(&StreamFault) -> bool = &|fault| matches!(fault, StreamFault::Codec(_));
+    let is: Expected<'_> = &|fault| matches!(fault, StreamFault::Size { .. });
+    let length: Expected<'_> = &|fault| matches!(fault, StreamFault::Length { .. });
+    let block: Expected<'_> = &|fault| matches!(fault, StreamFault::Block { .. });
+    let codec: Expected<'_> = &|fault| matches!(fault, StreamFault::Codec(_));
     let a = || begin(b"a", 10);
     let bomb = zstd::bulk::compress(&vec![0; 8 * BLOCK], 1).unwrap();
     let end = [0; 16].to_vec();
-    let cases: Vec<(&str, Vec<(u8, Vec<u8>)>, &dyn Fn(&StreamFault) -> bool)> = vec![
+    let cases: Vec<(&str, Records, Expected<'_>)> = vec![
         ("a size beyond all", vec![begin(b"a", MAX_FILE + 1)], is),
         ("no size", vec![(FILE, vec![1, 2])], length),
         ("an unknown kind", vec![(9, vec![])], &order),

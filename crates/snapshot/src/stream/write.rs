@@ -1,5 +1,9 @@
 //! Telling files.
-use std::{fs::File, hash::Hasher, io::Write};
+use std::{
+    fs::File,
+    hash::Hasher,
+    io::{self, Write},
+};
 
 use twox_hash::XxHash64;
 use zstd::bulk::Compressor;
@@ -12,6 +16,34 @@ use crate::sparse;
 
 /// Of zstd: the stream is to be no slower than a network.
 const LEVEL: i32 = 1;
+
+/// Where the bytes of a file come from that is told.
+pub trait Source {
+    /// Fills `block` with what is at `offset`, a multiple of [`BLOCK`]. `false`, with any content, when all of it
+    /// is zeros.
+    ///
+    /// # Errors
+    /// When it cannot be read, or ends before the block does.
+    fn read(&mut self, offset: u64, block: &mut [u8]) -> io::Result<bool>;
+
+    /// Asked after a block of zeros at `offset`: nothing but zeros comes before the answer; `None`: to the end.
+    ///
+    /// # Errors
+    /// When it cannot be told.
+    fn next_data(&mut self, offset: u64) -> io::Result<Option<u64>>;
+}
+
+struct SparseFile<'a>(&'a File);
+
+impl Source for SparseFile<'_> {
+    fn read(&mut self, offset: u64, block: &mut [u8]) -> io::Result<bool> {
+        sparse::read(self.0, offset, block)
+    }
+
+    fn next_data(&mut self, offset: u64) -> io::Result<Option<u64>> {
+        sparse::next_data(self.0, offset)
+    }
+}
 
 /// Writes a stream. Nothing is a stream before [`StreamWriter::finish`].
 pub struct StreamWriter<W> {
@@ -62,25 +94,38 @@ impl<W: Write> StreamWriter<W> {
     /// meanwhile.
     ///
     /// # Errors
+    /// As [`StreamWriter::source`].
+    pub fn file(&mut self, name: &str, file: &File, size: u64) -> Result<(), StreamError> {
+        self.source(name, size, &mut SparseFile(file))
+    }
+
+    /// Tells the first `size` bytes of whatever can be read block by block, as a file of that name.
+    ///
+    /// # Errors
     /// [`StreamError::Broken`] for a name or size that no reader takes, [`StreamError::Source`],
     /// [`StreamError::Write`].
-    pub fn file(&mut self, name: &str, file: &File, size: u64) -> Result<(), StreamError> {
+    pub fn source(
+        &mut self,
+        name: &str,
+        size: u64,
+        source: &mut dyn Source,
+    ) -> Result<(), StreamError> {
         self.begin(name, size)?;
         let mut content = Content::default();
         let mut buffer = vec![0; BLOCK.min(usize::try_from(size).unwrap_or(BLOCK))];
         let mut offset = 0;
         while let Some(length) = block_length(offset, size) {
             let block = &mut buffer[..length];
-            let source = |source| StreamError::Source {
+            let failed = |source| StreamError::Source {
                 name: name.to_owned(),
                 offset,
                 source,
             };
-            if sparse::read(file, offset, block).map_err(source)? {
+            if source.read(offset, block).map_err(failed)? {
                 self.block(&mut content, offset, block)?;
                 offset += BLOCK as u64;
             } else {
-                let data = sparse::next_data(file, offset).map_err(source)?;
+                let data = source.next_data(offset).map_err(failed)?;
                 let data = data.unwrap_or(size).min(size);
                 // The block that holds it, and always the next one at least.
                 offset = (data - data % BLOCK as u64).max(offset + BLOCK as u64);

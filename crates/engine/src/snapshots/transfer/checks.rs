@@ -9,7 +9,10 @@ use doze_snapshot::manifest::{MANIFEST, MANIFEST_VERSION};
 use doze_vmm::{MachineDescription, Probe};
 use serde::Deserialize;
 
-use super::{Description, Guest, Host, MAX_STATE, MAX_STATE_FILES, VERSION, has_memory, refuse};
+use super::{
+    Description, Guest, Host, MAX_STATE, MAX_STATE_FILES, VERSION, has_memory, memory::as_told,
+    refuse,
+};
 use crate::{EngineError, InstanceSpec, Limits, Snapshot, SnapshotKind, context::wire_name};
 
 const MAX_TAGS: usize = 50;
@@ -161,6 +164,7 @@ fn guest(told: &Description, guest: &Guest) -> Result<(), EngineError> {
         ("vcpus", machine.vcpus == spec.vcpus),
         ("memory", machine.memory_bytes == spec.memory_bytes),
         ("memory file", manifest.memory.size == spec.memory_bytes),
+        ("memory", manifest.memory == as_told(&manifest.memory)),
         ("network", machine.nic.is_some() == spec.network_enabled),
     ];
     if let Some((what, _)) = same.iter().find(|(_, same)| !same) {

@@ -59,7 +59,10 @@ impl Engine {
         self.to_the_end("importing a snapshot", async move {
             let dir = engine.shared.ctx.captures_dir().join(new_id());
             let imported = match engine.receive(&dir, reader, name).await {
-                Ok(arrived) => engine.keep(&dir, arrived).await,
+                Ok(arrived) => {
+                    engine.shared.ctx.kill.reach(KillPoint::ImportReceived);
+                    engine.keep(&dir, arrived).await
+                }
                 Err(error) => Err(error),
             };
             if imported.is_err() {
@@ -105,7 +108,19 @@ impl Engine {
         .await?
     }
 
+    /// Whether it can lie beside what is here already.
     fn check_free(&self, snapshot: &Snapshot) -> Result<(), EngineError> {
+        // Its source, if it lives here, can be brought back to it, and what has no network cannot be given one then.
+        let source = self.shared.registry.find(&snapshot.source_id).ok();
+        let source = source.map(|entry| entry.view());
+        if let Some(source) = source.filter(|source| source.id == snapshot.source_id)
+            && source.spec.network_enabled != snapshot.spec.network_enabled
+        {
+            return Err(refuse(format!(
+                "it is of {}, and one of the two has a network",
+                source.name
+            )));
+        }
         let Some(name) = &snapshot.name else {
             return Ok(());
         };
@@ -158,6 +173,12 @@ impl Engine {
             }
             Err(error) => return Err(error),
         };
+        if image.platform != spec.platform {
+            return Err(refuse(format!(
+                "it is of platform {:?}, its image here of {:?}",
+                spec.platform, image.platform
+            )));
+        }
         if told.guest.is_some() && image.rootfs_digest != told.rootfs {
             return Err(refuse(format!(
                 "the root file system of its image {} has other bytes here ({} instead of {}), and its guest remembers those; make both with the same mkfs.erofs",

@@ -10,9 +10,11 @@
 //! The image does not travel, it is an import of its own; what does is which one it is, and which bytes its root file
 //! system has, because the guest remembers some of them. `snapshot.json` comes first, so that what this
 //! host cannot use is refused before its memory was sent.
+use std::path::Path;
+
 use doze_lifecycle::State;
 use doze_snapshot::{
-    manifest::{Manifest, MemoryCodec},
+    manifest::Manifest,
     stream::{StreamError, StreamFault},
 };
 use doze_vmm::{Accel, MachineDescription};
@@ -28,13 +30,14 @@ use crate::{
 mod checks;
 mod export;
 mod import;
+mod memory;
 
 /// Version of the description this program writes, and the newest it reads.
 const VERSION: u32 = 1;
 /// The description's name in the stream.
 const DESCRIPTION: &str = "snapshot.json";
-/// Bytes of it that are read at most.
-const MAX_DESCRIPTION: usize = 1 << 20;
+/// Bytes of it that are read at most; those of a manifest, and more than a request for an instance can hold.
+const MAX_DESCRIPTION: usize = 4 << 20;
 const KERNEL: &str = "kernel";
 const INITRAMFS: &str = "initramfs";
 /// Before the names of device state.
@@ -117,9 +120,6 @@ impl Description {
         let overlay = self.snapshot.spec.overlay_bytes;
         parts.push(part(OVERLAY.into(), Some(overlay), OVERLAY.into()));
         if let Some(guest) = &self.guest {
-            match guest.manifest.memory.codec {
-                MemoryCodec::Raw => {}
-            }
             let size = guest.manifest.memory.size;
             parts.push(part(MEMORY.into(), Some(size), MEMORY.into()));
         }
@@ -161,6 +161,19 @@ fn stream_error(error: StreamError) -> EngineError {
             context: "a snapshot's stream".into(),
             reason: source.to_string(),
         },
+    }
+}
+
+/// What a snapshot holds must be as large as it was.
+fn same_size(path: &Path, found: u64, expected: u64) -> Result<(), EngineError> {
+    match found == expected {
+        true => Ok(()),
+        false => Err(EngineError::Snapshot {
+            reason: format!(
+                "{} has {found} bytes, not the {expected} it should have",
+                path.display()
+            ),
+        }),
     }
 }
 
