@@ -34,6 +34,12 @@ use super::{
 };
 use crate::convert::fields;
 
+/// An exported snapshot: bytes.
+#[derive(utoipa::ToSchema)]
+#[schema(value_type = String, format = Binary)]
+#[expect(dead_code, reason = "only described")]
+struct Octets(Vec<u8>);
+
 const OCTETS: &str = "application/octet-stream";
 /// Bytes sent at once.
 const PIECE: usize = 256 << 10;
@@ -49,7 +55,7 @@ const DRAIN: u64 = 64 << 20;
     description = "Addition of doze. One stream with everything but the image, for `POST /snapshots/import` of another host. A stream that ends early is not whole, and is refused there.",
     params(("snapshot_id" = String, Path, description = "Id, or unique prefix of an id")),
     responses(
-        (status = 200, description = "The stream", body = Vec<u8>, content_type = "application/octet-stream"),
+        (status = 200, description = "The stream", body = inline(Octets), content_type = "application/octet-stream"),
         (status = 404, description = "There is none", body = doze_api::ErrorBody),
         (status = 409, description = "The prefix is ambiguous, or the snapshot is damaged", body = doze_api::ErrorBody),
     ))]
@@ -169,7 +175,7 @@ impl Write for Outlet {
 #[utoipa::path(post, path = "/snapshots/import", tag = "snapshots", operation_id = "importSnapshot",
     description = "Addition of doze. The body is what `GET /snapshots/{snapshot_id}/export` of another host gave. The image must be here already; monitor and CPU must be able to go on with the memory. The snapshot has a new id, and all else that it had there.",
     params(("name" = Option<String>, Query, description = "Another name than it had")),
-    request_body(content = Vec<u8>, content_type = "application/octet-stream"),
+    request_body(content = inline(Octets), content_type = "application/octet-stream"),
     responses(
         (status = 201, description = "It is durable", body = Snapshot),
         (status = 400, description = "The stream is broken or not whole, or a parameter is wrong", body = doze_api::ErrorBody),
@@ -331,7 +337,7 @@ mod tests {
         let many: Vec<Piece> = (0..20).map(|n| Ok(Bytes::from(vec![n; 3]))).collect();
         let all = read_all(many).await.unwrap();
         assert_eq!((all.len(), all[59]), (60, 19));
-        assert_eq!(read_all(vec![]).await.unwrap(), []);
+        assert!(read_all(vec![]).await.unwrap().is_empty());
         let broken = vec![Ok(Bytes::from_static(b"a")), Err(io::Error::other("gone"))];
         let error = read_all(broken).await.unwrap_err().to_string();
         assert!(
