@@ -59,7 +59,7 @@ async fn a_snapshot_moves_to_another_server(world: &World) -> Result<()> {
     let other = elsewhere(world).await?;
     let outcome = async {
         refusals(world, &other, &file).await?;
-        arrives(&other.server, &file, &kept, &witness).await?;
+        arrives(world, &other.server, &file, &kept, &witness).await?;
         a_disk_arrives(world, &other.server, &id).await
     };
     let outcome = outcome.await;
@@ -221,7 +221,13 @@ fn left(server: &Server, snapshots: &[&str]) -> Result<()> {
     Ok(())
 }
 
-async fn arrives(other: &Server, file: &Path, kept: &Value, witness: &Witness) -> Result<()> {
+async fn arrives(
+    world: &World,
+    other: &Server,
+    file: &Path,
+    kept: &Value,
+    witness: &Witness,
+) -> Result<()> {
     let api = other.api().await?;
     let printed = doze(other, &["snapshot", "import", &shown(file)]).await?;
     let id = printed.trim();
@@ -233,8 +239,7 @@ async fn arrives(other: &Server, file: &Path, kept: &Value, witness: &Witness) -
     };
     ensure!(format!("{error:#}").contains("moving"), "{error:#}");
     left(other, &[id])?;
-    let again = ["snapshot", "import", "--name", "again", &shown(file)];
-    let again = doze(other, &again).await?;
+    let again = piped(world, other, &text(kept, "id")?, "again").await?;
     let again = again.trim();
     left(other, &[id, again])?;
 
@@ -268,6 +273,32 @@ async fn arrives(other: &Server, file: &Path, kept: &Value, witness: &Witness) -
     witness.survived(&api, &text(&made, "id")?).await?;
     api.remove("again").await?;
     left(other, &[again])
+}
+
+/// From one server into the other one, without a file in between.
+async fn piped(world: &World, to: &Server, snapshot: &str, name: &str) -> Result<String> {
+    const SCRIPT: &str = "DOZE_URL=$FROM DOZE_TOKEN=$FROM_TOKEN \"$DOZE\" snapshot export \"$SNAPSHOT\" | \
+         DOZE_URL=$TO DOZE_TOKEN=$TO_TOKEN \"$DOZE\" snapshot import --name \"$NAME\" -";
+    let (from_token, to_token) = (world.server.token().await?, to.token().await?);
+    let output = tokio::process::Command::new("sh")
+        .args(["-c", SCRIPT])
+        .env("DOZE", &world.tools.doze)
+        .env("FROM", world.server.base_url())
+        .env("FROM_TOKEN", from_token)
+        .env("TO", to.base_url())
+        .env("TO_TOKEN", to_token)
+        .env("SNAPSHOT", snapshot)
+        .env("NAME", name)
+        .kill_on_drop(true)
+        .output()
+        .await?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.success() && said.is_empty(),
+        "{}: {said}",
+        output.status
+    );
+    Ok(String::from_utf8(output.stdout)?)
 }
 
 fn same_but_id(imported: &Value, kept: &Value) -> Result<()> {
