@@ -80,6 +80,8 @@ fn wrong_usage_is_refused() {
         &["snapshot", "restore", "web"],
         &["snapshot", "fork", "before"],
         &["snapshot", "rm"],
+        &["snapshot", "export"],
+        &["snapshot", "import", "--name", "a"],
         &["schedule", "set", "web", "--every", "1h"],
         &["schedule", "set", "web", "--keep", "3"],
         &["schedule", "set", "web", "--every", "1h", "--keep", "-1"],

@@ -150,12 +150,22 @@ impl Context {
         })
     }
 
+    /// Where kernels and initramfses lie, named after their content.
+    pub fn boot_dir(&self) -> PathBuf {
+        self.config.data_dir.join("boot")
+    }
+
+    /// Nobody else adds boot files or relies on new ones meanwhile.
+    pub async fn boot_turn(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.boot.lock().await
+    }
+
     /// Kernel and initramfs, prepared once and found again afterwards.
     pub async fn boot_files(&self) -> Result<BootFiles, EngineError> {
         // Unpacking a kernel takes a second of CPU: those who come meanwhile wait for the first.
         let _one_at_a_time = self.boot.lock().await;
         let source = self.config.kernel.clone();
-        let cache = self.config.data_dir.join("boot");
+        let cache = self.boot_dir();
         blocking("preparing kernel and initramfs", move || {
             boot::prepare(&source, &cache)
         })
@@ -310,7 +320,7 @@ pub fn net_error(error: NetError) -> EngineError {
     }
 }
 
-fn boot_error(error: BootError) -> EngineError {
+pub fn boot_error(error: BootError) -> EngineError {
     match error {
         BootError::Kernel { .. } => EngineError::DependencyMissing {
             what: error.to_string(),
@@ -319,6 +329,9 @@ fn boot_error(error: BootError) -> EngineError {
         BootError::Modules { .. } => EngineError::DependencyMissing {
             what: error.to_string(),
             mend: "set [kernel] modules to that kernel's module tree".into(),
+        },
+        BootError::Foreign { .. } => EngineError::BrokenStream {
+            reason: error.to_string(),
         },
         BootError::Io { context, source } => EngineError::Internal {
             context,

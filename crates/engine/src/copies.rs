@@ -127,7 +127,8 @@ pub fn rehome(copy: &Path, home: &Home<'_>) -> Result<MachineDescription, Manife
     Ok(manifest.machine)
 }
 
-fn move_in(machine: &mut MachineDescription, home: &Home<'_>) {
+/// Makes the machine the one of `home`: its id, its files, its addresses.
+pub fn move_in(machine: &mut MachineDescription, home: &Home<'_>) {
     let at = |name: &str| -> PathBuf { home.dir.join(name) };
     machine.id = home.id.to_owned();
     machine.memory.path = at(MEMORY);

@@ -59,6 +59,12 @@ impl EngineError {
             E::Snapshot { reason } => E::Snapshot {
                 reason: reason.clone(),
             },
+            E::BrokenStream { reason } => E::BrokenStream {
+                reason: reason.clone(),
+            },
+            E::NotImportable { reason } => E::NotImportable {
+                reason: reason.clone(),
+            },
             E::DependencyMissing { what, mend } => E::DependencyMissing {
                 what: what.clone(),
                 mend: mend.clone(),
@@ -129,6 +135,12 @@ pub enum EngineError {
         "the snapshot cannot be restored: {reason}; it is kept. Mend this and restore again, or boot from disk, which loses the memory: doze start --discard-memory"
     )]
     Snapshot { reason: String },
+    /// What was sent is no exported snapshot, or not a whole one.
+    #[error("the snapshot's stream is refused: {reason}; nothing of it was kept")]
+    BrokenStream { reason: String },
+    /// An exported snapshot that this host cannot use as it is.
+    #[error("the snapshot cannot be imported: {reason}; nothing of it was kept")]
+    NotImportable { reason: String },
     /// Kernel, QEMU, nft or another thing of the host is missing; says how to mend it.
     #[error("{what}; {mend}")]
     DependencyMissing { what: String, mend: String },

@@ -94,6 +94,12 @@ kill_points! {
     SnapshotPlaced = "snapshot.placed",
     /// Its row is there; nobody was answered.
     SnapshotRecorded = "snapshot.recorded",
+    /// All files of an imported snapshot are there, checked and durable; none has its place.
+    ImportReceived = "import.received",
+    /// An imported snapshot's folder has its place; no row names it.
+    ImportPlaced = "import.placed",
+    /// Its row is there; nobody was answered.
+    ImportRecorded = "import.recorded",
     /// A deleted snapshot's row is gone; its folder is there.
     SnapshotRowRemoved = "snapshot.row_removed",
     /// Its folder is gone; nobody was answered.

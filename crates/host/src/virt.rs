@@ -2,7 +2,7 @@
 //!
 //! A bare `/dev/kvm` node proves nothing: containers and cloud guests carry one that cannot run a
 //! guest. So two things are asked, and the answer names the one that is missing.
-use std::{fs::OpenOptions, io, path::Path};
+use std::{collections::BTreeSet, fs::OpenOptions, io, path::Path};
 
 const CPUINFO: &str = "/proc/cpuinfo";
 const KVM: &str = "/dev/kvm";
@@ -40,14 +40,27 @@ fn usable(cpuinfo: &str, device: &Path) -> Result<(), String> {
     }
 }
 
+/// What this CPU can do, in the kernel's words (`/proc/cpuinfo`, `flags`): a guest that was given the host's CPU
+/// goes on only where all of it is there.
+///
+/// # Errors
+/// Of `/proc/cpuinfo`.
+pub fn cpu_flags() -> io::Result<BTreeSet<String>> {
+    let cpuinfo = std::fs::read_to_string(CPUINFO)?;
+    Ok(flags(&cpuinfo).map(str::to_owned).collect())
+}
+
 /// The `flags` line lists words; `vmx flags` is another line with other contents.
-fn has_virtualisation_flag(cpuinfo: &str) -> bool {
+fn flags(cpuinfo: &str) -> impl Iterator<Item = &str> {
     cpuinfo
         .lines()
         .filter_map(|line| line.split_once(':'))
         .filter(|(key, _)| key.trim() == "flags")
         .flat_map(|(_, flags)| flags.split_ascii_whitespace())
-        .any(|flag| flag == "vmx" || flag == "svm")
+}
+
+fn has_virtualisation_flag(cpuinfo: &str) -> bool {
+    flags(cpuinfo).any(|flag| flag == "vmx" || flag == "svm")
 }
 
 #[cfg(test)]

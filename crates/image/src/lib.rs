@@ -50,6 +50,8 @@ pub struct Image {
     pub config: ImageConfig,
     /// The EROFS file; immutable, mode 0444.
     pub rootfs: PathBuf,
+    /// Of its bytes, `sha256:<64 hex>`: another `mkfs.erofs` makes others of the same image.
+    pub rootfs_digest: String,
     pub tags: BTreeMap<String, String>,
 }
 

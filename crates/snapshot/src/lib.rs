@@ -1,3 +1,6 @@
+//! What a sleeping guest is on disk: its manifest ([`manifest`]), its memory packed, and all of it as one stream
+//! to another host ([`stream`]).
+//!
 //! The memory image codec: a sleeping instance's `memory` file to a `memory.zst` or `memory.lz4` and
 //! back, without ever being in the way.
 //!
@@ -31,6 +34,7 @@
 //! once served lazily. The measurements are in docs/performance.md.
 pub mod format;
 pub mod manifest;
+pub mod stream;
 
 mod artefact;
 mod cancel;
@@ -44,7 +48,7 @@ mod pool;
 mod sparse;
 mod stage;
 
-pub use artefact::{Artefact, Inspection, ReadAt, inspect_file, verify_file};
+pub use artefact::{Artefact, ChunkReader, Inspection, ReadAt, inspect_file, verify_file};
 pub use cancel::Cancel;
 pub use compress::compress_file;
 pub use decompress::decompress_file;

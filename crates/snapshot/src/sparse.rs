@@ -60,6 +60,20 @@ pub fn read(file: &File, offset: u64, buffer: &mut [u8]) -> io::Result<bool> {
     Ok(!buffer.is_empty())
 }
 
+/// Where the next data begins, at `offset` or after it; `None` when there is none.
+///
+/// # Errors
+/// Of the file.
+pub fn next_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
+    match seek(file, SeekFrom::Data(offset)) {
+        Ok(data) => Ok(Some(data)),
+        Err(Errno::NXIO) => Ok(None),
+        // A file system that knows no holes: all is data.
+        Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(Some(offset)),
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// Writes the pages of `bytes` that are not zero to a file whose range at `offset` is a hole.
 pub fn write(file: &File, offset: u64, bytes: &[u8]) -> io::Result<()> {
     let mut run = 0;

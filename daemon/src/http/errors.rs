@@ -139,6 +139,8 @@ impl From<EngineError> for ApiError {
             EngineError::InvalidState { .. } | EngineError::Asleep { .. } => {
                 ApiError::conflict("invalid_state", message)
             }
+            EngineError::BrokenStream { .. } => ApiError::invalid("invalid_request", message),
+            EngineError::NotImportable { .. } => ApiError::conflict("conflict", message),
             EngineError::Snapshot { .. } => ApiError::conflict("conflict", message),
             EngineError::ImageInUse { .. } => ApiError::conflict("in_use", message),
             EngineError::Capacity { .. } => ApiError::conflict("insufficient_capacity", message),

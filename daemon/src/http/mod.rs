@@ -40,6 +40,7 @@ mod metrics_compression;
 mod openapi;
 mod resources;
 mod schedules;
+mod snapshot_transfer;
 mod snapshots;
 mod spec;
 #[cfg(test)]
@@ -132,6 +133,8 @@ fn served() -> OpenApiRouter<AppState> {
         .routes(routes!(snapshots::list))
         .routes(routes!(snapshots::get, snapshots::delete))
         .routes(routes!(snapshots::fork))
+        .routes(routes!(snapshot_transfer::export))
+        .routes(routes!(snapshot_transfer::import))
         .routes(routes!(schedules::set, schedules::get, schedules::delete))
         .routes(routes!(resources::resources))
         .routes(routes!(metrics::metrics))
@@ -156,6 +159,7 @@ pub(crate) fn router(state: AppState) -> Router {
     let (served, _) = served().split_for_parts();
     served
         .merge(images::shadowed())
+        .merge(snapshot_transfer::shadowed())
         .merge(contract::router())
         .fallback(no_such_path)
         .method_not_allowed_fallback(no_such_method)

@@ -219,7 +219,7 @@ fn answer(view: &InstanceView) -> Instance {
 
 /// A snapshot with the disk it holds at this moment: deleting a file it shares with makes it hold more alone, and
 /// nothing else says so.
-async fn measured(
+pub(super) async fn measured(
     engine: &Engine,
     snapshot: &doze_engine::Snapshot,
 ) -> Result<Snapshot, EngineError> {

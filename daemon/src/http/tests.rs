@@ -243,7 +243,7 @@ async fn the_document_and_the_router_agree() {
             assert!(!text.contains("\"path: "), "{method} {path}: {text}");
         }
     }
-    assert_eq!(count, 35);
+    assert_eq!(count, 37);
     let yaml = server.get("/spec.yaml").await;
     assert_eq!(yaml.headers[header::CONTENT_TYPE], "application/yaml");
     assert!(yaml.body.starts_with(b"openapi: 3.1.0"));

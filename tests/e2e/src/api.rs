@@ -127,7 +127,7 @@ impl Api {
         method: Method,
         path: &str,
         content_type: &str,
-        body: String,
+        body: impl Into<reqwest::Body>,
     ) -> Result<Reply> {
         let name = format!("{method} {path}");
         let request = self
@@ -145,14 +145,18 @@ impl Api {
     }
     /// A read whose body is received and not looked at, for measurements.
     pub async fn fetch(&self, path: &str) -> Result<()> {
+        self.open(path).await?.bytes().await?;
+        Ok(())
+    }
+    /// An answer whose body is for the caller to read, or to leave.
+    pub async fn open(&self, path: &str) -> Result<reqwest::Response> {
         let answer = self.request(Method::GET, path).send().await?;
         ensure!(
             answer.status().is_success(),
             "GET {path}: {}",
             answer.status()
         );
-        answer.bytes().await?;
-        Ok(())
+        Ok(answer)
     }
     /// Without body and content type.
     pub async fn post_empty(&self, path: &str) -> Result<Reply> {

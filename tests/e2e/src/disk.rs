@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use rustix::fs::{FallocateFlags, fallocate, statvfs};
 
-use crate::World;
+use crate::{World, server::Server};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -34,9 +34,14 @@ impl Disk {
     /// The file system that the world's data folder is on; made and mounted on first use, which must be
     /// before the server's first start.
     pub fn of(world: &World, kind: Kind, bytes: u64) -> Result<Self> {
+        Self::of_server(&world.server, kind, bytes)
+    }
+
+    /// The same for another server than the world's own.
+    pub fn of_server(server: &Server, kind: Kind, bytes: u64) -> Result<Self> {
         let disk = Self {
-            image: world.server.dir.join("disk"),
-            mount_point: world.server.data_dir.clone(),
+            image: server.dir.join("disk"),
+            mount_point: server.data_dir.clone(),
         };
         if disk.image.exists() {
             // A case that failed with the power off is not the next one's fault.
@@ -98,6 +103,11 @@ impl Disk {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         last
+    }
+
+    /// Nobody may use the file system any more.
+    pub fn unmount(&self) -> Result<()> {
+        run(Command::new("umount").arg(&self.mount_point))
     }
 
     /// Bytes that can be written.

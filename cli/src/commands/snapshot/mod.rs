@@ -7,7 +7,9 @@ use crate::{
 };
 
 mod create;
+mod export;
 mod fork;
+mod import;
 mod inspect;
 mod ls;
 mod restore;
@@ -25,6 +27,10 @@ pub enum Command {
     Restore(restore::Args),
     /// Make a new instance from a snapshot
     Fork(fork::Args),
+    /// Write a snapshot into a file, for another host
+    Export(export::Args),
+    /// Take a snapshot that another host exported; its image must be here
+    Import(import::Args),
     /// Delete snapshots; what was made from them stays
     Rm(rm::Args),
 }
@@ -36,6 +42,8 @@ pub async fn run(command: Command, options: &connection::Options) -> Result<u8, 
         Command::Inspect(args) => inspect::run(args, options).await,
         Command::Restore(args) => restore::run(args, options).await,
         Command::Fork(args) => fork::run(args, options).await,
+        Command::Export(args) => export::run(args, options).await,
+        Command::Import(args) => import::run(args, options).await,
         Command::Rm(args) => rm::run(args, options).await,
     }
 }

@@ -143,7 +143,8 @@ async fn follow_import(
     }
 }
 
-fn chunks<R: AsyncRead + Send + Unpin + 'static>(
+/// What is read, as a body; `sent` is told how much.
+pub(super) fn chunks<R: AsyncRead + Send + Unpin + 'static>(
     upload: R,
     sent: watch::Sender<u64>,
 ) -> impl Stream<Item = Result<Bytes, std::io::Error>> + Send + 'static {

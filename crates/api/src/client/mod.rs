@@ -9,6 +9,7 @@ mod images;
 mod instances;
 mod logs;
 mod snapshots;
+mod transfer;
 
 use std::time::Duration;
 
@@ -21,6 +22,7 @@ pub use images::{ImportProgress, ImportRequest};
 pub use instances::InstanceFilter;
 pub use logs::{LogStream, LogsQuery};
 pub use snapshots::SnapshotListFilter;
+pub use transfer::SnapshotExport;
 
 use crate::{Capabilities, Health};
 

@@ -13,6 +13,7 @@ pub mod catalog;
 mod fork;
 pub mod schedule;
 mod store;
+mod transfer;
 mod usage;
 
 use std::collections::BTreeMap;

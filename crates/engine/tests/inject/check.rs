@@ -297,7 +297,7 @@ fn exact(scenario: &Scenario, end: End, died: bool) -> Option<State> {
         Op::Rollback(TargetState::Standby) => Some(State::Standby),
         Op::Rollback(TargetState::Stopped) => Some(State::Stopped),
         Op::Delete | Op::Discard => None,
-        Op::Snapshot | Op::Fork(_) | Op::ForkStored(_) => before,
+        Op::Snapshot | Op::Import | Op::Fork(_) | Op::ForkStored(_) => before,
         Op::DropSnapshot | Op::DropFork | Op::Schedule => before,
     }
 }

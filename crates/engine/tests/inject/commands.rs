@@ -1,5 +1,9 @@
 //! How a scenario's commands are given and answered.
-use std::time::Duration;
+use std::{
+    io,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use doze_engine::{
     Engine, EngineError, ForkRequest, Revival, ScheduleRequest, SnapshotKind, SnapshotRequest,
@@ -80,6 +84,7 @@ pub async fn command(engine: Engine, world: World, op: Op) -> Answer {
         Op::Discard => engine.delete(NAME, false).await,
         Op::PowerOff | Op::Death => by_itself(engine, world, op).await,
         Op::Snapshot => take(&engine, NAME, Some(NEW)).await,
+        Op::Import => back_again(&engine, KEPT, Some(NEW)).await,
         Op::Fork(target) => fork(&engine, NAME, FORK, target).await,
         Op::ForkStored(target) => fork_stored(&engine, KEPT, FORK, target).await,
         Op::Rollback(target) => {
@@ -108,6 +113,42 @@ pub async fn take(engine: &Engine, name: &str, called: Option<&str>) -> Answer {
         compression: None,
     };
     engine.create_snapshot(name, request).await.map(drop)
+}
+
+/// A stored snapshot is exported, and imported by the same server.
+pub async fn back_again(engine: &Engine, key: &str, called: Option<&str>) -> Answer {
+    let stream = exported(engine, key).await?;
+    let called = called.map(str::to_owned);
+    let imported = engine.import_snapshot(io::Cursor::new(stream), called);
+    imported.await.map(drop)
+}
+
+/// A stored snapshot as a stream.
+pub async fn exported(engine: &Engine, key: &str) -> Result<Vec<u8>, EngineError> {
+    let sink = Sink::default();
+    engine.export_snapshot(key, sink.clone()).await?;
+    Ok(sink.taken())
+}
+
+/// Collects what is written.
+#[derive(Clone, Default)]
+pub struct Sink(Arc<Mutex<Vec<u8>>>);
+
+impl Sink {
+    pub fn taken(&self) -> Vec<u8> {
+        std::mem::take(&mut *self.0.lock().unwrap())
+    }
+}
+
+impl io::Write for Sink {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 pub async fn fork(engine: &Engine, name: &str, to: &str, target: TargetState) -> Answer {

@@ -74,7 +74,8 @@ pub fn outcome(lab: &Lab, scenario: &Scenario, stake: &Stake, end: End) -> Fault
     if scenario.op == Op::DropSnapshot && end.answered && called(KEPT) {
         faults.push("a snapshot's delete was answered, and it is still there".into());
     }
-    if scenario.op == Op::Snapshot && end.answered && !called(NEW) {
+    let made = [Op::Snapshot, Op::Import].contains(&scenario.op);
+    if made && end.answered && !called(NEW) {
         faults.push("a snapshot was answered and is gone".into());
     }
     let scheduled = stored(lab).iter().filter(|s| s.scheduled).count();
@@ -234,6 +235,7 @@ pub fn usable(lab: &Lab, scenario: &Scenario, stake: &Stake) -> Faults {
     for snapshot in stored(lab) {
         let counter = match snapshot.name.as_deref() {
             Some(KEPT) => stake.kept.as_ref().map(|kept| kept.counter),
+            Some(NEW) if scenario.op == Op::Import => stake.kept.as_ref().map(|kept| kept.counter),
             _ => stake.disk.as_ref().map(|disk| disk.counter),
         };
         faults.extend(probe(lab, &snapshot, counter));

@@ -144,6 +144,15 @@ pub struct Lab {
 
 impl Lab {
     pub fn new(packs: bool) -> Lab {
+        Lab::in_world(World::new(template().guests.handle().clone()), packs)
+    }
+
+    /// Another server, with a data folder of its own, among the same machines.
+    pub fn beside(&self) -> Lab {
+        Lab::in_world(self.world.clone(), self.packs)
+    }
+
+    fn in_world(world: World, packs: bool) -> Lab {
         let template = template();
         let dir = tempfile::Builder::new()
             .prefix("dz")
@@ -151,7 +160,7 @@ impl Lab {
             .unwrap();
         copy(&template.dir.path().join("data"), &dir.path().join("d"));
         let mut lab = Lab {
-            world: World::new(template.guests.handle().clone()),
+            world,
             packs,
             dir,
             server: None,

@@ -23,4 +23,5 @@ mod random;
 mod scenario;
 mod scenarios;
 mod steps;
+mod transfer;
 mod world;

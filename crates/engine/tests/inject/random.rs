@@ -8,7 +8,7 @@ use doze_lifecycle::State;
 
 use crate::{
     check::{Faults, Ledgers, consistent},
-    commands::{fork, fork_stored, take},
+    commands::{back_again, fork, fork_stored, take},
     copies,
     lab::{Lab, PATIENCE, settled},
     pool::{Report, on_all_cores, rounds, seed},
@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// Kinds of commands below this number; see [`command`].
-const KINDS: usize = 14;
+const KINDS: usize = 15;
 const DISCARD: usize = 5;
 const DELETE: usize = 7;
 const ROLLBACK: usize = 12;
@@ -123,6 +123,7 @@ async fn command(
             let done = engine.restore_snapshot(name, &picked, revival).await;
             done.map(drop)
         }
+        13 => back_again(&engine, &picked, None).await,
         _ => engine.delete_snapshot(&picked).await,
     }
 }

@@ -42,6 +42,8 @@ pub enum Op {
     /// Its VMM dies by itself.
     Death,
     Snapshot,
+    /// The snapshot that is there before is exported and comes back under another name.
+    Import,
     Fork(TargetState),
     /// A fork of the snapshot that is there before.
     ForkStored(TargetState),
@@ -169,7 +171,7 @@ impl Scenario {
     /// Nothing that is done changes the instance.
     pub fn copies(&self) -> bool {
         let copies = |op: Op| match op {
-            Op::Snapshot | Op::Fork(_) | Op::ForkStored(_) => true,
+            Op::Snapshot | Op::Import | Op::Fork(_) | Op::ForkStored(_) => true,
             Op::DropSnapshot | Op::DropFork | Op::Schedule => true,
             Op::Create | Op::Start | Op::StartDiscarding | Op::Restore => false,
             Op::Standby | Op::Pack => false,

@@ -158,6 +158,8 @@ pub fn copies() -> Vec<Scenario> {
         )
         .keeping(memory),
         of("delete of a snapshot", F::Running, O::DropSnapshot).keeping(memory),
+        of("import", F::Running, O::Import).keeping(memory),
+        of("import of a disk", F::Stopped, O::Import).keeping(disk),
         of("scheduled snapshot", F::Running, O::Schedule),
         of("restore of a new fork", F::Forked, O::Restore),
         of("restore after a rollback", F::RolledBack, O::Restore),
@@ -173,6 +175,7 @@ pub fn troubled_copies() -> Vec<Scenario> {
     let fork = |name| of(name, F::Running, O::Fork(T::Running));
     let stored = |name| of(name, F::Stopped, O::ForkStored(T::Running)).keeping(memory);
     let rollback = |name| of(name, F::Running, O::Rollback(T::Running)).keeping(memory);
+    let import = |name| of(name, F::Running, O::Import).keeping(memory);
     vec![
         snapshot("snapshot, deleted while saving").then(W::Call("vmm.save"), O::Discard),
         snapshot("snapshot, stopped while saving").then(W::Call("vmm.save"), O::Stop),
@@ -216,6 +219,10 @@ pub fn troubled_copies() -> Vec<Scenario> {
         rollback("rollback, stopped while loading").then(W::Call("vmm.load"), O::Stop),
         rollback("rollback, load refused").fails("vmm.load", Act::Refuse),
         rollback("rollback, VMM dies when killed").fails("vmm.kill", Act::Die),
+        import("import, its source deleted when received")
+            .then(W::Point("import.received"), O::Discard),
+        import("import, what was exported deleted when placed")
+            .then(W::Point("import.placed"), O::DropSnapshot),
         of("delete of a snapshot, twice", F::Running, O::DropSnapshot)
             .keeping(memory)
             .then(W::Point("snapshot.row_removed"), O::DropSnapshot),

@@ -342,6 +342,7 @@ impl ImageStore {
             size_bytes: blob.size_bytes,
             config: blob.config,
             rootfs: self.blob_path(&digest).join(ROOTFS),
+            rootfs_digest: blob.rootfs_digest,
             tags: reference.tags,
         })
     }

@@ -11,7 +11,7 @@ use doze_host::files::{create_private_dir, write_atomic};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::{BootError, BootFiles, KernelSource, cannot, initramfs, modules, vmlinux};
+use super::{BootError, BootFiles, BootPart, KernelSource, cannot, initramfs, modules, vmlinux};
 
 /// Part of the index's name: changes when the same sources would give other files.
 const RECIPE: u32 = 1;
@@ -142,8 +142,8 @@ fn make(source: &KernelSource, cache: &Path) -> Result<Index, BootError> {
         .map_err(|e| cannot("assemble an initramfs for", &source.image, e))?;
     Ok(Index {
         sources,
-        kernel: keep(cache, "vmlinux", &kernel)?,
-        initramfs: keep(cache, "initramfs", &archive)?,
+        kernel: keep(cache, BootPart::Kernel.kind(), &kernel)?,
+        initramfs: keep(cache, BootPart::Initramfs.kind(), &archive)?,
     })
 }
 
@@ -166,11 +166,15 @@ fn keep(cache: &Path, kind: &str, content: &[u8]) -> Result<Made, BootError> {
     let name = format!("{kind}-{}", hex::encode(Sha256::digest(content)));
     let path = cache.join(&name);
     let size = content.len() as u64;
-    let whole = fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_file() && meta.len() == size);
-    if !whole {
+    if !is_whole(&path, size) {
         write_atomic(&path, content, 0o400).map_err(|e| cannot("write", &path, e))?;
     }
     Ok(Made { name, size })
+}
+
+/// Files are named after their content, and appear whole.
+pub(super) fn is_whole(path: &Path, size: u64) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|meta| meta.is_file() && meta.len() == size)
 }
 
 /// Taken before the file is read: a change meanwhile shows the next time.

@@ -13,6 +13,7 @@
 //! appear whole (stage, fsync, rename), and two that make the same file make the same bytes.
 use std::path::{Path, PathBuf};
 
+mod adopt;
 mod cache;
 mod initramfs;
 mod modules;
@@ -42,6 +43,12 @@ pub enum BootError {
     Kernel { path: PathBuf, reason: String },
     #[error("kernel modules {path}: {reason}")]
     Modules { path: PathBuf, reason: String },
+    #[error("the {} is not the one it was announced as: its SHA-256 is {found}, not {expected}", .part.word())]
+    Foreign {
+        part: BootPart,
+        expected: String,
+        found: String,
+    },
     #[error("{context}")]
     Io {
         context: String,
@@ -60,6 +67,75 @@ pub enum BootError {
 /// [`BootError::Io`] for the disk. Nothing half-made is left.
 pub fn prepare(source: &KernelSource, cache: &Path) -> Result<BootFiles, BootError> {
     cache::prepare(source, cache)
+}
+
+/// One of the two files, as its name begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BootPart {
+    Kernel,
+    Initramfs,
+}
+
+impl BootPart {
+    const fn kind(self) -> &'static str {
+        match self {
+            BootPart::Kernel => "vmlinux",
+            BootPart::Initramfs => "initramfs",
+        }
+    }
+
+    const fn word(self) -> &'static str {
+        match self {
+            BootPart::Kernel => "kernel",
+            BootPart::Initramfs => "initramfs",
+        }
+    }
+
+    /// Where the file with this content lies, if it is there. `sha256`: 64 lower-case hexadecimal digits.
+    pub fn place(self, cache: &Path, sha256: &str) -> PathBuf {
+        cache.join(format!("{}-{sha256}", self.kind()))
+    }
+}
+
+/// A file that came from elsewhere, on its way into the cache: its content is the one it was announced with.
+#[derive(Debug)]
+pub struct Verified {
+    part: BootPart,
+    path: PathBuf,
+    sha256: String,
+    size: u64,
+}
+
+impl Verified {
+    /// Where it gets its place.
+    pub fn place(&self, cache: &Path) -> PathBuf {
+        self.part.place(cache, &self.sha256)
+    }
+}
+
+/// SHA-256 of a boot file's content, lower-case hexadecimal. Blocking: some 100 ms.
+///
+/// # Errors
+/// [`BootError::Io`].
+pub fn digest(path: &Path) -> Result<String, BootError> {
+    adopt::digest(path).map(|(sha256, _)| sha256)
+}
+
+/// Reads the file `path` and compares its content with `sha256`; makes it durable.
+///
+/// # Errors
+/// [`BootError::Foreign`] when it is another one, [`BootError::Io`].
+pub fn verify(part: BootPart, path: &Path, sha256: &str) -> Result<Verified, BootError> {
+    adopt::verify(part, path, sha256)
+}
+
+/// Moves a verified file, which must lie on the same file system, to its place in `cache`, durably; `true` when
+/// there was none of that content. One that is there stays: machines rely on it.
+///
+/// # Errors
+/// [`BootError::Io`].
+pub fn adopt(file: &Verified, cache: &Path) -> Result<bool, BootError> {
+    adopt::adopt(file, cache)
 }
 
 fn cannot(what: &str, path: &Path, source: std::io::Error) -> BootError {

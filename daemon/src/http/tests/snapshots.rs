@@ -284,3 +284,46 @@ async fn resources_name_every_instance() {
     assert!(answer["disk"]["capacity"].as_u64().unwrap() > 0);
     assert!(answer["gpu"].is_null());
 }
+
+#[tokio::test]
+async fn a_snapshot_that_is_called_import_keeps_its_path() {
+    let server = server().await;
+    let path = "/snapshots/import";
+    let message = server.get(path).await.error(404, "not_found");
+    assert!(message.contains("import"), "{message}");
+    let gone = server.send(Method::DELETE, path, Body::empty()).await;
+    gone.error(404, "not_found");
+    let fork = server.send(Method::POST, "/snapshots/import/fork", "{\"name\": \"a\"}");
+    fork.await.error(404, "not_found");
+}
+
+#[tokio::test]
+async fn what_is_no_exported_snapshot_is_refused() {
+    let server = server().await;
+    for (query, body, code, part) in [
+        ("", "", "invalid_request", "no snapshot that doze exported"),
+        (
+            "",
+            "{}",
+            "invalid_request",
+            "no snapshot that doze exported",
+        ),
+        ("", "doze-snap", "invalid_request", "cut off"),
+        ("?name=No", "", "invalid_name", "name: \"No\""),
+        ("?nmae=no", "", "invalid_field", "nmae"),
+    ] {
+        let path = format!("/snapshots/import{query}");
+        let message = server
+            .send(Method::POST, &path, body)
+            .await
+            .error(400, code);
+        assert!(message.contains(part), "{query} {body}: {message}");
+    }
+    let message = server
+        .get("/snapshots/nosuch/export")
+        .await
+        .error(404, "not_found");
+    assert!(message.contains("nosuch"), "{message}");
+    let captures = server.dir.path().join("d/captures");
+    assert_eq!(std::fs::read_dir(captures).unwrap().count(), 0);
+}

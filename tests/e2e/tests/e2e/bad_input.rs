@@ -119,7 +119,7 @@ async fn malformed_bodies(world: &World) -> Result<()> {
             "{\"name\": \"a\", \"name\": \"b\", \"image\": \"tiny\"}",
         ] {
             let reply = api
-                .send_raw(Method::POST, "/instances", "application/json", body.into())
+                .send_raw(Method::POST, "/instances", "application/json", body)
                 .await?;
             ensure!(
                 reply.status == 400,

@@ -4,6 +4,7 @@
 //!   this file     what every case relies on, and where the cases run: where files share blocks, and where not
 //!   forks         ten at once, identities, connections, ledgers
 //!   matrix        every kind, state of the source and target state, allowed and refused
+//!   moving        exported by one server, imported and forked by another one
 //!   keeping       snapshots outlive their source, free their disk, are found, and are taken by a schedule
 //! ```
 use std::{path::PathBuf, time::Duration};
@@ -20,6 +21,7 @@ use serde_json::Value;
 mod forks;
 mod keeping;
 mod matrix;
+mod moving;
 
 /// Sparse: holds ten guests' memories where they do not share blocks.
 const DISK: u64 = 6 << 30;
@@ -34,6 +36,7 @@ pub fn groups() -> Vec<Group> {
             cases.extend(keeping::begin());
             cases.extend(forks::cases());
             cases.extend(matrix::cases());
+            cases.extend(moving::cases());
             cases.extend(keeping::cases());
             groups.push(Group {
                 name: format!("{board}{place}"),

@@ -1,4 +1,4 @@
-//! kill -9 at every named point inside snapshot, fork, rollback and the delete of a snapshot, of the server alone
+//! kill -9 at every named point inside snapshot, fork, rollback, import and the delete of a snapshot, of the server alone
 //! and of server and VMMs.
 //!
 //! ```text
@@ -38,6 +38,8 @@ enum Way {
     /// A fork of the snapshot that is there before.
     ForkStored,
     Drop,
+    /// The snapshot that is there before was exported, and comes back under another name.
+    Import,
     Rollback,
     /// To a snapshot whose device state is altered.
     BadRollback,
@@ -87,6 +89,9 @@ const POINTS: &[(&str, Way, Source, bool)] = {
         ("snapshot.recorded", Way::Snapshot, Same, true),
         ("snapshot.row_removed", Way::Drop, Same, false),
         ("snapshot.files_removed", Way::Drop, Same, false),
+        ("import.received", Way::Import, Same, false),
+        ("import.placed", Way::Import, Same, false),
+        ("import.recorded", Way::Import, Same, true),
         ("fork.copied", Way::Fork, Same, false),
         ("fork.recorded", Way::Fork, Same, false),
         ("fork.files_made", Way::Fork, Same, false),
@@ -187,12 +192,19 @@ async fn crash(world: &World, scenario: Scenario) -> Result<()> {
     let old_witness = Witness::plant(api, &id).await?;
     let old = match scenario.way {
         Way::Snapshot | Way::Fork | Way::ForkAsleep => None,
-        Way::ForkStored | Way::Drop | Way::Rollback | Way::BadRollback => {
+        Way::ForkStored | Way::Drop | Way::Import | Way::Rollback | Way::BadRollback => {
             Some(take(api, &id, OLD).await?)
         }
     };
+    let exported = match (scenario.way, &old) {
+        (Way::Import, Some(old)) => {
+            let export = api.open(&format!("/snapshots/{old}/export")).await?;
+            export.bytes().await?.to_vec()
+        }
+        _ => Vec::new(),
+    };
     let witness = match scenario.way {
-        Way::ForkStored => old_witness.clone(),
+        Way::ForkStored | Way::Import => old_witness.clone(),
         _ => Witness::plant(api, &id).await?,
     };
     let counted = counter(api, &id).await?;
@@ -201,7 +213,8 @@ async fn crash(world: &World, scenario: Scenario) -> Result<()> {
         .server
         .start_with(&[("DOZE_KILL_AT", scenario.point)])
         .await?;
-    provoke(world, api, &id, scenario, old.as_deref()).await?;
+    let old = old.as_deref();
+    provoke(world, api, &id, scenario, old, exported).await?;
     if scenario.with_vmm {
         kill_vmms(world).await?;
     }
@@ -213,7 +226,7 @@ async fn crash(world: &World, scenario: Scenario) -> Result<()> {
     }
     nothing_half_made(world, api).await?;
     forks(world, api, scenario, &witness).await?;
-    snapshots(api, scenario, &witness, old.as_deref()).await?;
+    snapshots(api, scenario, &witness, old).await?;
     match (scenario.source, scenario.with_vmm) {
         (Source::Same, false) => {
             found(world, &id, &witness, "Running", "").await?;
@@ -270,6 +283,7 @@ async fn provoke(
     id: &str,
     scenario: Scenario,
     old: Option<&str>,
+    exported: Vec<u8>,
 ) -> Result<()> {
     let old = old.unwrap_or_default();
     let fork = |target: &str| json!({"name": FORK, "from_running": true, "target_state": target});
@@ -281,6 +295,14 @@ async fn provoke(
         Way::ForkStored => {
             let body = json!({"name": FORK, "target_state": "Running"});
             made(api, &format!("/snapshots/{old}/fork"), body).await
+        }
+        Way::Import => {
+            let path = format!("/snapshots/import?name={NEW}");
+            let octets = "application/octet-stream";
+            let reply = api
+                .send_raw(http::Method::POST, &path, octets, exported)
+                .await;
+            reply.and_then(|reply| reply.expect(201)).map(drop)
         }
         Way::Drop => api.delete(&format!("/snapshots/{old}")).await.map(drop),
         Way::Rollback => api.post(&back, json!({})).await.map(drop),
@@ -368,15 +390,18 @@ async fn snapshots(
     old: Option<&str>,
 ) -> Result<()> {
     let all = listed(api).await?;
-    let names: Vec<&str> = all.iter().filter_map(|s| s["name"].as_str()).collect();
-    let mut wanted = Vec::new();
+    let names: BTreeSet<&str> = all.iter().filter_map(|s| s["name"].as_str()).collect();
+    let mut wanted = BTreeSet::new();
     if old.is_some() && scenario.way != Way::Drop {
-        wanted.push(OLD);
+        wanted.insert(OLD);
     }
-    if scenario.way == Way::Snapshot && scenario.made {
-        wanted.push(NEW);
+    if matches!(scenario.way, Way::Snapshot | Way::Import) && scenario.made {
+        wanted.insert(NEW);
     }
-    ensure!(names == wanted, "snapshots {names:?}, not {wanted:?}");
+    ensure!(
+        names == wanted && all.len() == wanted.len(),
+        "snapshots {names:?}, not {wanted:?}"
+    );
     for snapshot in &all {
         let id = snapshot["id"].as_str().context("id")?;
         let body = json!({"name": FORK, "target_state": "Running"});
