@@ -37,6 +37,8 @@ pub struct Context {
     memory: Mutex<HashMap<String, u64>>,
     /// Bytes of disk promised to operations that have not written them yet.
     disk: Arc<Mutex<u64>>,
+    /// The same to what works in the background: nobody else is refused for it.
+    background_disk: Arc<Mutex<u64>>,
     restores: Arc<Semaphore>,
     boot: tokio::sync::Mutex<()>,
     total_memory: u64,
@@ -83,6 +85,7 @@ impl Context {
             network_error: Mutex::new(None),
             memory: Mutex::new(HashMap::new()),
             disk: Arc::default(),
+            background_disk: Arc::default(),
             restores,
             boot: tokio::sync::Mutex::new(()),
             total_memory,
@@ -220,22 +223,18 @@ impl Context {
     /// Promises `bytes` on the file system of `path` until the guard is dropped, or until they were
     /// written, when they are promised twice for a moment: on the safe side.
     pub fn reserve_disk(&self, path: &Path, bytes: u64) -> Result<DiskRoom, EngineError> {
-        let free = files::free_space(path).map_err(io_error("measuring free disk space"))?;
-        let mut promised = lock(&self.disk);
-        let available = free.saturating_sub(*promised);
-        if bytes > available {
-            return Err(EngineError::Capacity {
-                resource: "disk",
-                wanted: mib(bytes),
-                available: mib(available),
-                limit: format!("the file system of {}", path.display()),
-            });
-        }
-        *promised += bytes;
-        Ok(DiskRoom {
-            promised: self.disk.clone(),
-            bytes,
-        })
+        promise(path, bytes, &self.disk, 0)
+    }
+
+    /// The same for what works in the background: it leaves to operations what they were promised, and they
+    /// take no notice of it.
+    pub fn reserve_background_disk(
+        &self,
+        path: &Path,
+        bytes: u64,
+    ) -> Result<DiskRoom, EngineError> {
+        let others = *lock(&self.disk);
+        promise(path, bytes, &self.background_disk, others)
     }
 
     /// Waits for its turn among the restores, in the order of asking.
@@ -254,6 +253,30 @@ impl Context {
     pub fn release_memory(&self, id: &str) {
         lock(&self.memory).remove(id);
     }
+}
+
+fn promise(
+    path: &Path,
+    bytes: u64,
+    account: &Arc<Mutex<u64>>,
+    others: u64,
+) -> Result<DiskRoom, EngineError> {
+    let free = files::free_space(path).map_err(io_error("measuring free disk space"))?;
+    let mut promised = lock(account);
+    let available = free.saturating_sub(*promised).saturating_sub(others);
+    if bytes > available {
+        return Err(EngineError::Capacity {
+            resource: "disk",
+            wanted: mib(bytes),
+            available: mib(available),
+            limit: format!("the file system of {}", path.display()),
+        });
+    }
+    *promised += bytes;
+    Ok(DiskRoom {
+        promised: account.clone(),
+        bytes,
+    })
 }
 
 /// A promise of disk space; ends when dropped.

@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tracing::Instrument as _;
 
 use crate::{
-    EngineError, InstanceView, StandbyOptions, StartOverrides,
+    EngineError, InstanceView, MemoryCompression, StandbyOptions, StartOverrides,
     auto_standby::Attempt,
     instance::{Instance, Published},
     observe::idle,
@@ -86,7 +86,8 @@ pub enum Message {
 }
 
 impl Message {
-    fn command(&self) -> Option<Command> {
+    /// `plan`: how the memory of the instance is kept, if it sleeps or is about to.
+    fn command(&self, plan: Option<&MemoryCompression>) -> Option<Command> {
         match self {
             Message::Start {
                 overrides,
@@ -98,7 +99,7 @@ impl Message {
             }),
             Message::Stop { .. } => Some(Command::Stop),
             Message::Standby { options, .. } => Some(Command::Standby {
-                options: options.wants_something(),
+                options: options.wants_something(plan),
             }),
             Message::Restore { .. } => Some(Command::Restore),
             Message::Delete { graceful, .. } => Some(Command::Delete {
@@ -339,7 +340,7 @@ async fn settle(instance: &mut Instance, message: &Message) -> Result<bool, Engi
 
 /// A message to an instance at rest.
 fn decide(instance: Box<Instance>, message: Message) -> Holding {
-    let Some(command) = message.command() else {
+    let Some(command) = message.command(instance.compression.as_ref()) else {
         return begin(instance, message);
     };
     let (state, operation) = (instance.record.state(), instance.record.operation());
@@ -481,11 +482,12 @@ fn overlap(
     view: &watch::Receiver<Published>,
     waiting: &mut VecDeque<Message>,
 ) {
-    let Some(command) = message.command() else {
+    let current = view.borrow().view.clone();
+    let Some(command) = message.command(current.compression.as_ref()) else {
         waiting.push_back(message);
         return;
     };
-    let record = view.borrow().view.record.clone();
+    let record = current.record.clone();
     // The running operation may not have recorded itself yet, or may just have recorded its end.
     let operation = record.operation().or(match busy.owner {
         Message::Create { .. } => Some(Operation::Create),

@@ -23,6 +23,8 @@ pub async fn idle(
     let mut check = tokio::time::interval_at(Instant::now() + CHECK, CHECK);
     loop {
         instance.compression_ended().await;
+        // Also what came to rest without an operation of its own.
+        instance.follow_up();
         let mut done = match observe(instance).await {
             Ok(()) => true,
             Err(error) => {

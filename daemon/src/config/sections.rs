@@ -88,6 +88,14 @@ fn compression_default(reader: &mut Reader) -> Option<Compression> {
     let level = reader.optional("snapshot.compression_default.level", |value| {
         Ok(value.clone())
     });
+    if enabled.is_none() && (algorithm.is_some() || level.is_some()) {
+        let key = "snapshot.compression_default.enabled";
+        reader.error(
+            key,
+            "it is missing; set it to true, or remove the section".into(),
+        );
+        return None;
+    }
     if enabled != Some(true) {
         return enabled.map(|_| Compression::Off);
     }

@@ -110,6 +110,7 @@ fn the_servers_compression_is_checked_when_it_is_read() {
             "zstd, lz4",
         ),
         ("enabled = \"yes\"", "enabled", ""),
+        ("algorithm = \"lz4\"", "enabled", "missing"),
     ] {
         let errors = parse(&section(text), &[]).unwrap_err().to_string();
         let key = format!("snapshot.compression_default.{key}");

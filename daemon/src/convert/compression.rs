@@ -184,7 +184,7 @@ mod tests {
         ] {
             let options = read(json!({"compression": body})).unwrap();
             assert_eq!(options.compression, Some(Compression::Off));
-            assert!(!options.wants_something());
+            assert!(!options.wants_something(None));
         }
     }
 

@@ -156,7 +156,7 @@ mod tests {
         jobs.ratio.sum = 3.0;
         let compression = CompressionMetrics {
             jobs: BTreeMap::from([(labels, jobs)]),
-            preemptions: BTreeMap::from([((Source::Snapshot, "fork"), 5)]),
+            preemptions: BTreeMap::from([((labels, "fork"), 5)]),
             preparations: BTreeMap::new(),
         };
         let look = Look {
@@ -176,8 +176,7 @@ mod tests {
             format!("doze_snapshot_compression_ratio_sum{{{of}}} 3.0"),
             format!("doze_snapshot_compression_ratio_bucket{{le=\"2.0\",{of}}} 0"),
             format!("doze_snapshot_compression_ratio_bucket{{le=\"+Inf\",{of}}} 1"),
-            "doze_snapshot_compression_preemptions_total{operation=\"fork\",source=\"snapshot\"} 5"
-                .to_owned(),
+            format!("doze_snapshot_compression_preemptions_total{{{of},operation=\"fork\"}} 5"),
         ];
         for line in compression {
             assert!(text.lines().any(|found| found == line), "{line}\n{text}");

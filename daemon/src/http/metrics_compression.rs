@@ -140,9 +140,9 @@ fn preemptions(metrics: &CompressionMetrics, encoder: &mut DescriptorEncoder) ->
     let help = "Compressions that were halted at work, by the operation that needed the files";
     let name = "doze_snapshot_compression_preemptions";
     let mut family = encoder.encode_descriptor(name, help, None, kind)?;
-    for ((source, operation), count) in &metrics.preemptions {
-        let labels = [("operation", *operation), ("source", source.as_str())];
-        ConstCounter::new(*count).encode(family.encode_family(&labels)?)?;
+    for ((labels, operation), count) in &metrics.preemptions {
+        let labels = pairs(labels, &[("operation", *operation)]);
+        ConstCounter::new(*count).encode(family.encode_family(&Set(labels))?)?;
     }
     Ok(())
 }

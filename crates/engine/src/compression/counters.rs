@@ -152,7 +152,7 @@ impl Default for Jobs {
 pub struct CompressionMetrics {
     pub jobs: BTreeMap<Labels, Jobs>,
     /// Jobs that were halted while they compressed, by the operation that needed the files.
-    pub preemptions: BTreeMap<(Source, &'static str), u64>,
+    pub preemptions: BTreeMap<(Labels, &'static str), u64>,
     /// Seconds until a restore had its raw memory.
     pub preparations: BTreeMap<(Preparation, Hypervisor), Histogram>,
 }
@@ -176,11 +176,6 @@ impl Counters {
             jobs.pending += 1;
         });
         ticket
-    }
-
-    pub fn preempted(&self, source: Source, operation: &'static str) {
-        let mut metrics = lock(&self.0);
-        *metrics.preemptions.entry((source, operation)).or_default() += 1;
     }
 
     pub fn prepared(&self, how: Preparation, hypervisor: Hypervisor, took: Duration) {
@@ -237,9 +232,14 @@ impl Ticket {
         });
     }
 
-    /// Without success.
-    pub fn ended(mut self, result: JobResult) {
+    /// Without success. `by`: who halted it, if somebody did.
+    pub fn ended(mut self, result: JobResult, by: Option<&'static str>) {
         self.end(result);
+        // One that had not begun was in nobody's way.
+        if let (JobResult::Canceled, Some(by)) = (result, by) {
+            let mut metrics = lock(&self.counters.0);
+            *metrics.preemptions.entry((self.labels, by)).or_default() += 1;
+        }
     }
 
     fn end(&mut self, result: JobResult) {
@@ -305,8 +305,8 @@ mod tests {
         canceled.begun();
         check([4, 2, 2, 0, 0, 0, 0]);
         good.succeeded(300, 100);
-        canceled.ended(JobResult::Canceled);
-        skipped.ended(JobResult::Skipped);
+        canceled.ended(JobResult::Canceled, Some("fork"));
+        skipped.ended(JobResult::Skipped, Some("restore"));
         drop(dropped);
         let mut lost = counters.planned(labels);
         lost.begun();
@@ -318,5 +318,7 @@ mod tests {
         assert_eq!(jobs.ratio.sum, 3.0);
         assert_eq!(jobs.wait.counts.iter().sum::<u64>(), 3);
         assert_eq!(jobs.duration.len(), 3);
+        let preemptions: Vec<_> = view.preemptions.into_iter().collect();
+        assert_eq!(preemptions, [((labels, "fork"), 1)]);
     }
 }

@@ -43,7 +43,14 @@ pub fn packed(dir: &Path) -> io::Result<Option<PathBuf>> {
 }
 
 /// Removes what is not the truth beside a raw file that is: artefacts and what a server that died left half done.
+///
+/// # Errors
+/// `NotFound` without a raw file: then they are the truth. Nothing was removed.
 pub fn drop_artefacts(dir: &Path) -> io::Result<()> {
+    if held(dir)? != MEMORY {
+        let missing = format!("{} is missing", dir.join(MEMORY).display());
+        return Err(io::Error::new(io::ErrorKind::NotFound, missing));
+    }
     let mut changed = drop_stages(dir)?;
     for name in ARTEFACTS {
         changed |= remove(&dir.join(name))?;
@@ -51,18 +58,24 @@ pub fn drop_artefacts(dir: &Path) -> io::Result<()> {
     sync(dir, changed)
 }
 
-/// Removes the raw file durably. There must be an artefact.
+/// Removes the raw file, which an artefact replaces that is complete and durable. On error it is there. Whether it is
+/// gone is durable with the next change in `dir`: until then a power cut may bring it back, complete as it was.
 pub fn drop_raw(dir: &Path) -> io::Result<()> {
     let changed = remove(&dir.join(MEMORY))?;
-    sync(dir, changed)
+    if let Err(error) = sync(dir, changed) {
+        tracing::warn!(dir = %dir.display(), %error, "raw memory may come back after a power cut");
+    }
+    Ok(())
 }
 
-/// After a restore that came to nothing: only the form that counted before is left. Says whether that is the raw
-/// one; also of `packed` memory it is, when the artefact is gone already.
+/// After a restore that came to nothing: only one form is left. Of two it is the raw one, unless the memory is
+/// recorded as `packed`: then that was made for the restore. Of one it is that, whatever is recorded. Says whether
+/// the raw one is left.
 pub fn put_back(dir: &Path, packed: bool) -> io::Result<bool> {
+    let raw = held(dir)? == MEMORY;
     let artefact = ARTEFACTS.iter().map(|name| dir.join(name).try_exists());
     let artefact = artefact.collect::<io::Result<Vec<_>>>()?.contains(&true);
-    if !(packed && artefact) {
+    if raw && !(packed && artefact) {
         drop_artefacts(dir)?;
         return Ok(true);
     }
@@ -140,6 +153,15 @@ mod tests {
     }
 
     #[test]
+    fn without_a_raw_file_the_artefact_is_not_dropped() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("memory.zst"), b"x").unwrap();
+        let error = drop_artefacts(dir.path()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+        assert_eq!(names(dir.path()), ["memory.zst"]);
+    }
+
+    #[test]
     fn after_a_restore_that_came_to_nothing_there_is_one_form() {
         for (files, packed, left) in [
             (["memory", "memory.zst"].as_slice(), true, "memory.zst"),
@@ -147,6 +169,7 @@ mod tests {
             (&["memory"], true, "memory"),
             (&["memory", ".memory.lz4.1.1.stage"], false, "memory"),
             (&[".memory.1.1.stage", "memory.lz4"], true, "memory.lz4"),
+            (&["memory.zst"], false, "memory.zst"),
         ] {
             let dir = tempfile::tempdir().unwrap();
             for name in files {

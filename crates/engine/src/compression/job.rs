@@ -192,7 +192,10 @@ async fn compress(
     .await?
     .map_err(io_error("measuring a memory"))?;
     // A disk that it fills would kill guests that run.
-    let _room = ctx.reserve_disk(&order.dir, most + ROOM)?;
+    let _room = ctx.reserve_background_disk(&order.dir, most + ROOM)?;
+    if control.is_halted() {
+        return Ok(Outcome::Skipped);
+    }
     ticket.begun();
     control.running.begin();
     let options = CompressOptions {

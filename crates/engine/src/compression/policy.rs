@@ -4,6 +4,8 @@ use std::time::Duration;
 use doze_snapshot::Codec;
 use serde::{Deserialize, Serialize};
 
+use super::plan::MemoryCompression;
+
 /// What somebody wants. To want none is an answer, too: it switches off what a lower level wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -47,9 +49,15 @@ pub struct StandbyOptions {
 }
 
 impl StandbyOptions {
-    /// Whether it wants something that an instance which sleeps already cannot obey.
-    pub fn wants_something(&self) -> bool {
-        matches!(self.compression, Some(Compression::On(_)))
+    /// Whether it wants something that an instance which sleeps already, with this plan, cannot obey. What has no
+    /// effect wants nothing: no compression where none is planned, a delay of one that is not wanted or done.
+    pub fn wants_something(&self, plan: Option<&MemoryCompression>) -> bool {
+        match (self.compression, self.compression_delay) {
+            (Some(Compression::On(_)), _) => true,
+            (Some(Compression::Off), _) => plan.is_some(),
+            (None, Some(_)) => plan.is_some_and(MemoryCompression::is_planned),
+            (None, None) => false,
+        }
     }
 }
 
@@ -111,6 +119,35 @@ mod tests {
             }
         }
         assert_eq!(effective(None, None, SnapshotConfig::default()), None);
+    }
+
+    #[test]
+    fn a_sleeper_obeys_only_what_changes_nothing() {
+        let codec = Codec::new(Algorithm::Zstd, None).unwrap();
+        let planned = MemoryCompression::planned(codec, 0, Duration::ZERO);
+        let done = MemoryCompression {
+            progress: crate::compression::plan::Progress::Compressed {
+                raw: 2,
+                compressed: 1,
+            },
+            ..planned.clone()
+        };
+        let late = Some(Duration::from_secs(1));
+        for (compression, compression_delay, [nothing, pending, compressed]) in [
+            (None, None, [false, false, false]),
+            (None, late, [false, true, false]),
+            (Some(Compression::Off), None, [false, true, true]),
+            (Some(Compression::Off), late, [false, true, true]),
+            (Some(on(1)), None, [true, true, true]),
+        ] {
+            let options = StandbyOptions {
+                compression,
+                compression_delay,
+            };
+            assert_eq!(options.wants_something(None), nothing);
+            assert_eq!(options.wants_something(Some(&planned)), pending);
+            assert_eq!(options.wants_something(Some(&done)), compressed);
+        }
     }
 
     #[test]

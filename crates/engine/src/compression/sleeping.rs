@@ -43,10 +43,6 @@ impl Instance {
         job.control().halt();
         let Ended { outcome, ticket } = job.end().await;
         let begun = ticket.as_ref().is_some_and(|ticket| ticket.has_begun());
-        if begun {
-            let counters = &self.ctx.compression.counters;
-            counters.preempted(Source::Standby, by);
-        }
         let result = match begun {
             true => JobResult::Canceled,
             false => JobResult::Skipped,
@@ -69,15 +65,16 @@ impl Instance {
                 }
                 return;
             }
+            // By itself, just before.
             Outcome::Failed(reason) => {
-                self.note(&format!("compressing its memory failed: {reason}"));
+                return self.compression_failed(reason, ticket).await;
             }
         }
         if begun {
             self.note(&format!("compression of its memory halted by {by}"));
         }
         if let Some(ticket) = ticket {
-            ticket.ended(result);
+            ticket.ended(result, Some(by));
         }
         self.publish();
     }
@@ -118,7 +115,7 @@ impl Instance {
                 let dropped = blocking("removing raw memory", move || files::drop_raw(&dir)).await;
                 if let Err(error) = dropped.and_then(|d| d.map_err(io_error("removing raw memory")))
                 {
-                    // Both are there, and the raw one counts.
+                    // It is there, and counts.
                     return self.compression_failed(error.to_string(), ticket).await;
                 }
                 self.reach(KillPoint::CompressionRawRemoved);
@@ -148,7 +145,7 @@ impl Instance {
         self.note(&format!("compressing its memory failed: {reason}"));
         self.record_compression(Progress::Failed { reason }).await;
         if let Some(ticket) = ticket {
-            ticket.ended(JobResult::Failed);
+            ticket.ended(JobResult::Failed, None);
         }
     }
 

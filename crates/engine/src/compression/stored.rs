@@ -3,7 +3,10 @@
 use std::{
     collections::HashMap,
     path::PathBuf,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use doze_snapshot::Inspection;
@@ -28,6 +31,8 @@ use crate::{
 #[derive(Default)]
 pub struct StoredJobs {
     slots: Mutex<HashMap<String, Slot>>,
+    /// Nothing begins any more.
+    closed: AtomicBool,
 }
 
 /// Of one snapshot.
@@ -41,6 +46,8 @@ struct Slot {
 #[derive(Clone)]
 struct Working {
     control: Control,
+    /// Who halted it.
+    halted_by: Arc<OnceLock<&'static str>>,
     /// When its outcome is decided and nothing of it is left.
     over: CancellationToken,
 }
@@ -71,14 +78,10 @@ impl StoredJobs {
     /// Halts all of them, for good: the server ends.
     pub async fn end(&self) {
         let working: Vec<_> = {
-            let mut slots = lock(&self.slots);
-            slots
-                .values_mut()
-                .filter_map(|slot| {
-                    slot.readers += 1;
-                    slot.job.clone()
-                })
-                .collect()
+            let slots = lock(&self.slots);
+            // Under the lock under which jobs begin.
+            self.closed.store(true, Ordering::Release);
+            slots.values().filter_map(|slot| slot.job.clone()).collect()
         };
         for working in &working {
             working.control.halt();
@@ -111,10 +114,8 @@ pub async fn halt(ctx: &Arc<Context>, id: &str, by: &'static str) -> NoJob {
         id: id.to_owned(),
     };
     if let Some(working) = working {
-        if working.control.running().is_running() && !working.control.is_halted() {
-            let counters = &ctx.compression.counters;
-            counters.preempted(Source::Snapshot, by);
-        }
+        // The first of several.
+        let _ = working.halted_by.set(by);
         working.control.halt();
         working.over.cancelled().await;
     }
@@ -135,6 +136,7 @@ pub fn plan(ctx: &Arc<Context>, id: &str) {
     if slot.readers > 0 || slot.job.is_some() {
         return;
     }
+    let planned = planned.filter(|_| !jobs.closed.load(Ordering::Acquire));
     let (Some((snapshot, plan)), Ok(runtime)) = (planned, tokio::runtime::Handle::try_current())
     else {
         slots.remove(id);
@@ -142,12 +144,13 @@ pub fn plan(ctx: &Arc<Context>, id: &str) {
     };
     let _inside = runtime.enter();
     let job = Job::start(ctx, order(ctx, &snapshot, &plan));
-    let over = CancellationToken::new();
-    slot.job = Some(Working {
+    let working = Working {
         control: job.control().clone(),
-        over: over.clone(),
-    });
-    runtime.spawn(finish(ctx.clone(), id.to_owned(), job, over));
+        halted_by: Arc::default(),
+        over: CancellationToken::new(),
+    };
+    slot.job = Some(working.clone());
+    runtime.spawn(finish(ctx.clone(), id.to_owned(), job, working));
 }
 
 fn order(ctx: &Context, snapshot: &Snapshot, plan: &MemoryCompression) -> Order {
@@ -165,10 +168,14 @@ fn order(ctx: &Context, snapshot: &Snapshot, plan: &MemoryCompression) -> Order 
     }
 }
 
-async fn finish(ctx: Arc<Context>, id: String, job: Job, over: CancellationToken) {
+async fn finish(ctx: Arc<Context>, id: String, job: Job, working: Working) {
+    let Working {
+        control,
+        halted_by,
+        over,
+    } = working;
     // Also when this fails: those who wait for the files must not wait for ever.
     let _over = over.drop_guard();
-    let control = job.control().clone();
     let Ended { outcome, ticket } = job.end().await;
     let begun = ticket.as_ref().is_some_and(|ticket| ticket.has_begun());
     let dir = ctx.snapshot_dir(&id);
@@ -213,9 +220,11 @@ async fn finish(ctx: Arc<Context>, id: String, job: Job, over: CancellationToken
     }
     match (ticket, sizes) {
         (Some(ticket), Some((raw, compressed))) => ticket.succeeded(raw, compressed),
-        (Some(ticket), None) => ticket.ended(result),
+        (Some(ticket), None) => ticket.ended(result, halted_by.get().copied()),
         (None, _) => {}
     }
+    // Whoever halted it may have gone before it was over.
+    plan(&ctx, &id);
 }
 
 /// The artefact takes the raw file's place.

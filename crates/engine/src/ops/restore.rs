@@ -332,17 +332,22 @@ async fn put_memory_back(instance: &mut Instance) -> Result<(), EngineError> {
         .as_ref()
         .is_some_and(|c| matches!(c.progress, Progress::Compressed { .. }));
     let dir = instance.dir();
-    let raw = blocking("putting memory back", move || {
-        memory_files::put_back(&dir, compressed)
+    let left = blocking("putting memory back", move || {
+        match memory_files::held(&dir) {
+            // Somebody else took it; whoever wakes it next is told.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+            Ok(_) => memory_files::put_back(&dir, compressed).map(Some),
+        }
     })
     .await?
     .map_err(io_error("putting memory back"))?;
-    if let Some(compression) = instance.compression.as_mut()
-        && raw
-        && compressed
-    {
+    match (left, instance.compression.as_mut()) {
         // What it was decompressed from was gone already.
-        compression.progress = Progress::Planned;
+        (Some(true), Some(compression)) if compressed => compression.progress = Progress::Planned,
+        // Its job finds out that there is nothing left to do but to say so.
+        (Some(false), Some(compression)) if !compressed => compression.progress = Progress::Planned,
+        _ => {}
     }
     Ok(())
 }

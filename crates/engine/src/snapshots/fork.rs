@@ -91,6 +91,8 @@ impl Engine {
         self.to_the_end("fork", async move {
             engine.check_name(&name)?;
             engine.check_count()?;
+            // What cannot be changes nothing, not even a compression.
+            engine.check_revival(&entry.snapshot, revival)?;
             let access = stored::access(&engine.shared.ctx, &entry, "fork").await;
             // It may have been deleted meanwhile.
             let stored = engine.get_snapshot(&entry.snapshot.id)?;

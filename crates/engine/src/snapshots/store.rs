@@ -228,22 +228,24 @@ impl Engine {
     ) -> Result<Arc<InstanceView>, EngineError> {
         let instance = self.open_entry(key)?;
         let entry = self.shared.ctx.snapshots.find(snapshot)?;
+        let view = instance.view();
+        // What cannot be changes nothing, not even a compression.
+        if entry.snapshot.source_id != view.id {
+            return Err(EngineError::InvalidField {
+                code: "invalid_request",
+                field: "snapshot_id".into(),
+                value: entry.snapshot.id.clone(),
+                allowed: format!(
+                    "a snapshot of {}; this one is of {} ({}), fork it instead",
+                    view.name, entry.snapshot.source_name, entry.snapshot.source_id
+                ),
+            });
+        }
+        let target = self.check_revival(&entry.snapshot, revival)?;
         let access = stored::access(&self.shared.ctx, &entry, "snapshot_restore").await;
         // It may have been deleted meanwhile.
         let stored = self.shared.ctx.snapshots.find(&entry.snapshot.id)?.snapshot;
         let view = instance.view();
-        if stored.source_id != view.id {
-            return Err(EngineError::InvalidField {
-                code: "invalid_request",
-                field: "snapshot_id".into(),
-                value: stored.id.clone(),
-                allowed: format!(
-                    "a snapshot of {}; this one is of {} ({}), fork it instead",
-                    view.name, stored.source_name, stored.source_id
-                ),
-            });
-        }
-        let target = self.check_revival(&stored, revival)?;
         let memory = stored.kind == SnapshotKind::Standby && target != TargetState::Stopped;
         let plan = rollback::Plan {
             dir: self.shared.ctx.snapshot_dir(&stored.id),

@@ -244,6 +244,19 @@ pub fn packing() -> Vec<Scenario> {
         pack("compressed, forked when made")
             .then(W::Point("compression.made"), O::Fork(T::Standby)),
         pack("compressed, deleted when made").then(W::Point("compression.made"), O::Discard),
+        pack("compressed, rolled back when made")
+            .then(W::Point("compression.made"), O::Rollback(T::Running))
+            .keeping(memory),
+        pack("compressed, rolled back to sleep when made")
+            .then(W::Point("compression.made"), O::Rollback(T::Standby))
+            .keeping(memory),
+        of(
+            "standby, rolled back while compressing",
+            F::Running,
+            O::Standby,
+        )
+        .then(W::Point("standby.recorded"), O::Rollback(T::Standby))
+        .keeping(memory),
         of(
             "standby, restored while compressing",
             F::Running,

@@ -129,8 +129,8 @@ mod tests {
     fn memory() -> Vec<u8> {
         let mut raw = vec![0; 5 * MIB + 12288];
         for (at, byte) in raw.iter_mut().enumerate() {
-            let hole = at >= MIB + 4096 && at < 4 * MIB;
-            if !hole {
+            let hole = MIB + 4096..4 * MIB;
+            if !hole.contains(&at) {
                 *byte = (at % 251) as u8;
             }
         }
