@@ -89,7 +89,8 @@ pub fn groups(points: &[String]) -> Result<Vec<Group>> {
         ensure!(
             Operation::ALL.iter().any(|op| op.passes(point))
                 || crash_standby::covers(point)
-                || crash_copies::covers(point),
+                || crash_copies::covers(point)
+                || crate::compression::covers(point),
             "no operation is known to pass kill point {point:?}"
         );
     }

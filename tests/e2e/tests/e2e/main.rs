@@ -16,6 +16,7 @@ mod auto_standby;
 mod bad_input;
 mod billing;
 mod cli;
+mod compression;
 mod copies;
 mod crash;
 mod crash_copies;
@@ -69,6 +70,7 @@ fn groups(points: &[String]) -> Result<Vec<Group>> {
     groups.extend(standby_disk::groups(&sample));
     groups.extend(standby_faults::groups(&sample));
     groups.extend(copies::groups());
+    groups.extend(compression::groups(&sample));
     groups.extend(auto_standby::groups(&sample));
     for hypervisor in ["qemu", "qemu-microvm"] {
         groups.push(on(hypervisor, "", shared_cases()));
