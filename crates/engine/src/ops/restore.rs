@@ -300,6 +300,7 @@ pub async fn undo(instance: &mut Instance, reason: &str) -> Result<(), EngineErr
             .await?
             .map_err(manifest_error)?;
             instance.kill_machine().await?;
+            put_memory_back(instance).await?;
         }
         (false, MachineStatus::Running | MachineStatus::Shutdown | MachineStatus::Failed) => {
             instance.note("the guest runs although the restore did not say so");
