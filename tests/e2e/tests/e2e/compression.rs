@@ -4,6 +4,7 @@
 //!   this file    what every case relies on
 //!   moments      restore, fork and snapshot while a compression waits, works, ends and is over
 //!   rollback     going back in place while jobs work at both ends, and at any moment
+//!   policy       who decides, delays, refusals, restarts of the server
 //! ```
 //! Every case ends with a look at the server's account of its jobs, which must balance.
 use std::{path::PathBuf, time::Duration};
@@ -12,6 +13,7 @@ use anyhow::{Context as _, Result, ensure};
 use doze_e2e::{
     Api, Case, Group, Sample, Witness, World, checks,
     compression::{balanced, forms},
+    exec,
     world::WorldOptions,
 };
 use serde_json::{Value, json};
@@ -19,6 +21,7 @@ use serde_json::{Value, json};
 use crate::{crash_standby::instance_dir, standby_faults::BOARDS};
 
 mod moments;
+mod policy;
 mod rollback;
 
 pub fn groups(sample: &Sample) -> Vec<Group> {
@@ -27,6 +30,8 @@ pub fn groups(sample: &Sample) -> Vec<Group> {
         let mut cases = moments::cases(sample, at);
         cases.extend(rollback::cases(sample, at));
         groups.push(group(board, "compression", cases));
+        let cases = policy::cases(sample, at);
+        groups.push(group(board, "compression-policy", cases));
     }
     groups.retain(|group| !group.cases.is_empty());
     groups
@@ -153,6 +158,14 @@ pub async fn fork(world: &World, path: &str, target: &str) -> Result<(String, Va
 pub async fn drop_snapshot(api: &Api, id: &str) -> Result<()> {
     let reply = api.delete(&format!("/snapshots/{id}")).await?;
     ensure!(reply.status == 204, "{} {}", reply.status, reply.text);
+    Ok(())
+}
+
+/// The guest lives, and so does the server's idea of everything.
+pub async fn alive(api: &Api, id: &str) -> Result<()> {
+    let instance = api.instance(id).await?;
+    ensure!(instance["state"] == "Running", "{instance}");
+    ensure!(exec::sh(api, id, "echo alive").await? == "alive");
     Ok(())
 }
 

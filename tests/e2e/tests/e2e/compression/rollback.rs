@@ -18,7 +18,7 @@ use super::{
 use crate::crash_standby::act;
 
 /// Long enough at work for somebody to come, and not longer.
-const STEADY: Codec = codec("zstd", 9);
+const STEADY: Codec = codec("zstd", 7);
 /// Beyond what the slowest guest needs to do anything.
 const JITTER: usize = 2500;
 
@@ -82,7 +82,7 @@ async fn in_place_while_both_jobs_work(world: &World) -> Result<()> {
         .await
         .context("after both jobs")?;
     // The snapshot's job began again, and what it made is as good.
-    let compressed = snapshot_reaches(api, &snapshot, &["compressed"], 60).await?;
+    let compressed = snapshot_reaches(api, &snapshot, &["compressed"], 300).await?;
     let found = forms(&snapshot_dir(world, &snapshot))?;
     ensure!(found == [STEADY.artefact()], "{found:?}: {compressed}");
     exec::sh(api, &id, "echo later > /dev/shm/later").await?;
