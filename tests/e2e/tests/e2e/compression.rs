@@ -5,6 +5,7 @@
 //!   moments      restore, fork and snapshot while a compression waits, works, ends and is over
 //!   rollback     going back in place while jobs work at both ends, and at any moment
 //!   policy       who decides, delays, refusals, restarts of the server
+//!   faults       altered artefacts, a full disk
 //! ```
 //! Every case ends with a look at the server's account of its jobs, which must balance.
 use std::{path::PathBuf, time::Duration};
@@ -20,6 +21,7 @@ use serde_json::{Value, json};
 
 use crate::{crash_standby::instance_dir, standby_faults::BOARDS};
 
+mod faults;
 mod moments;
 mod policy;
 mod rollback;
@@ -30,9 +32,11 @@ pub fn groups(sample: &Sample) -> Vec<Group> {
         let mut cases = moments::cases(sample, at);
         cases.extend(rollback::cases(sample, at));
         groups.push(group(board, "compression", cases));
-        let cases = policy::cases(sample, at);
+        let mut cases = policy::cases(sample, at);
+        cases.extend(faults::cases(sample, at));
         groups.push(group(board, "compression-policy", cases));
     }
+    groups.extend(faults::groups(sample));
     groups.retain(|group| !group.cases.is_empty());
     groups
 }
@@ -174,10 +178,4 @@ pub async fn all_is_well(world: &World) -> Result<()> {
     let api = world.api().await?;
     checks::agree(api, &world.server).await?;
     balanced(api).await.map(drop)
-}
-
-/// Whether the point is one of this file's.
-pub fn covers(point: &str) -> bool {
-    point.starts_with("compression.")
-        || matches!(point, "restore.decompressed" | "restore.artefact_dropped")
 }

@@ -19,6 +19,7 @@ mod cli;
 mod compression;
 mod copies;
 mod crash;
+mod crash_compression;
 mod crash_copies;
 mod crash_standby;
 mod exec;
@@ -67,6 +68,7 @@ fn groups(points: &[String]) -> Result<Vec<Group>> {
     let sample = Sample::from_env()?;
     groups.extend(crash_standby::groups(points, &sample)?);
     groups.extend(crash_copies::groups(points, &sample)?);
+    groups.extend(crash_compression::groups(points, &sample)?);
     groups.extend(standby_disk::groups(&sample));
     groups.extend(standby_faults::groups(&sample));
     groups.extend(copies::groups());
