@@ -275,3 +275,73 @@ pub fn roomy(world: &World, stem: &str) -> Value {
     request["size"] = "512MB".into();
     request
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+
+    const OF: &str = r#"algorithm="lz4",level="0",hypervisor="qemu",source="standby""#;
+
+    fn text(change: (&str, &str)) -> String {
+        let jobs = |name: &str, more: &str, value: &str| {
+            format!("doze_snapshot_compression_{name}{{{OF}{more}}} {value}\n")
+        };
+        let ended =
+            |result: &str, value: &str| jobs("jobs_total", &format!(",result=\"{result}\""), value);
+        let whole = [
+            "doze_instances{state=\"running\"} -1\n".to_owned(),
+            jobs("planned_total", "", "7"),
+            jobs("pending", "", "1"),
+            jobs("active", "", "1"),
+            ended("success", "2"),
+            ended("failed", "1"),
+            ended("canceled", "1"),
+            ended("skipped", "1"),
+            jobs("bytes_total", ",direction=\"in\"", "300"),
+            jobs("bytes_total", ",direction=\"out\"", "100"),
+            jobs("duration_seconds_count", ",result=\"success\"", "2"),
+            jobs("duration_seconds_count", ",result=\"canceled\"", "1"),
+            jobs("wait_seconds_count", "", "4"),
+            jobs("ratio_sum", "", "6.5"),
+            jobs("ratio_count", "", "2"),
+            "doze_snapshot_compression_preemptions_total{operation=\"restore\",source=\"standby\"} 1\n"
+                .to_owned(),
+        ];
+        let text = whole.concat();
+        assert!(text.contains(change.0), "{change:?}");
+        text.replacen(change.0, change.1, 1)
+    }
+
+    #[test]
+    fn an_account_that_balances_is_read() {
+        let account = Account::read(&text(("", ""))).unwrap();
+        assert_eq!(account.sum("standby", |jobs| jobs.planned), 7);
+        assert_eq!(account.sum("snapshot", |jobs| jobs.planned), 0);
+        assert_eq!(account.preemptions.len(), 1);
+    }
+
+    #[test]
+    fn one_that_does_not_is_refused() {
+        for change in [
+            ("} 7\n", "} 8\n"),
+            ("result=\"skipped\"} 1", "result=\"skipped\"} 0"),
+            ("result=\"skipped\"} 1", "result=\"skipped\"} -1"),
+            ("result=\"skipped\"", "result=\"vanished\""),
+            ("_ratio_sum{", "_riddle_sum2{"),
+            ("6.5\n", "NaN\n"),
+            ("6.5\n", "-6.5\n"),
+            (
+                "operation=\"restore\",source=\"standby\"} 1",
+                "operation=\"restore\",source=\"standby\"} 2",
+            ),
+            ("wait_seconds_count", "wait_years_count"),
+            ("level=\"0\"", "level=\"10\""),
+            ("\"lz4\"", "\"brotli\""),
+            ("direction=\"out\"", "direction=\"in\""),
+        ] {
+            let read = Account::read(&text(change));
+            assert!(read.is_err(), "{change:?}: {read:?}");
+        }
+    }
+}

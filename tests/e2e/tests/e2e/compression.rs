@@ -42,14 +42,14 @@ pub fn groups(sample: &Sample) -> Vec<Group> {
 }
 
 fn group(board: &str, name: &str, cases: Vec<Case>) -> Group {
-    let balanced = |case: Case| case.deadline(Duration::from_secs(900));
+    let patient = |case: Case| case.deadline(Duration::from_secs(1800));
     Group {
         name: format!("{board}-{name}"),
         options: WorldOptions {
             hypervisor: board.to_owned(),
             ..WorldOptions::default()
         },
-        cases: cases.into_iter().map(balanced).collect(),
+        cases: cases.into_iter().map(patient).collect(),
     }
 }
 

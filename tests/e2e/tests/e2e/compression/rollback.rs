@@ -15,7 +15,7 @@ use super::{
     CODECS, Codec, all_is_well, codec, drop_snapshot, fork, guest, moments::MIB, only, sleep,
     snapshot_dir, take, text, wake,
 };
-use crate::crash_standby::act;
+use crate::{crash_standby::act, standby_faults::BOARDS};
 
 /// Long enough at work for somebody to come, and not longer.
 const STEADY: Codec = codec("zstd", 7);
@@ -30,8 +30,9 @@ pub fn cases(sample: &Sample, board: usize) -> Vec<Case> {
     }
     if sample.campaign || board != chosen {
         let (random, rounds, mib) = match sample.campaign {
-            true => (sample.random("any moment"), 100, MIB),
-            false => (sample.random("any moment"), 5, 64),
+            // On each board.
+            true => (sample.random(BOARDS[board]), 50, MIB),
+            false => (sample.random(BOARDS[board]), 5, 64),
         };
         cases.push(Case::new("at_any_moment", move |world: &World| {
             Box::pin(at_any_moment(world, random.clone(), rounds, mib))
