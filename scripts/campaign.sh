@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What finds rare things by repetition: the kill -9, power loss and fault cases on real machines and clients
-# that come in the very moment in which their instance falls asleep, all of
+# that come in the very moment in which their instance falls asleep or its memory is compressed, all of
 # them where a test run takes a sample, and the property tests with more cases than a test run affords.
 # Each round has a seed of its own, printed, which decides every random moment. The first failure ends it,
 # with everything it printed.
@@ -27,7 +27,7 @@ for ((round = 1; round <= rounds; round++)); do
     seed=$((first + round - 1))
     say "kill -9, power loss, faults and late clients, round $round of $rounds, seed $seed"
     as_root env DOZE_BIN="$TARGET/release/doze" DOZE_E2E_CAMPAIGN=1 DOZE_E2E_SEED="$seed" \
-        "$runner" kill9 crash faults:: power-loss full-disk auto-standby-boundary
+        "$runner" kill9 crash faults:: power-loss full-disk auto-standby-boundary compression
 done
 say "the billing example: 60 s running, 300 s asleep, 30 s running"
 as_root env DOZE_BIN="$TARGET/release/doze" DOZE_E2E_BILLING=60,300,30 \

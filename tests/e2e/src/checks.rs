@@ -1,10 +1,10 @@
 //! Statements about a whole server that must hold at any quiet moment, above all after a crash.
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, path::Path};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
-use crate::{Api, exec, procs, server::Server, world::instance_folders};
+use crate::{Api, compression, exec, procs, server::Server, world::instance_folders};
 
 /// The API's account, processes, TAPs and folders agree:
 /// - each instance in a state with a machine has exactly one VMM, any other none;
@@ -94,5 +94,22 @@ fn files(server: &Server, instance: &Value, machine: bool) -> Result<()> {
         "{id} is {state}; sockets lie in its folder: {}",
         !machine
     );
+    memory(&dir, instance, asleep)
+}
+
+/// Memory lies in the form that the API names; what is still to be compressed may be so by now.
+fn memory(dir: &Path, instance: &Value, asleep: bool) -> Result<()> {
+    let compression = &instance["standby_compression"];
+    let forms = compression::forms(dir)?;
+    let whole = |form: &&String| !form.starts_with('.');
+    let right = match (asleep, compression["state"].as_str()) {
+        (true, None | Some("error")) => forms == ["memory"],
+        (true, Some("compressed")) => matches!(&forms[..], [one] if one.starts_with("memory.")),
+        // While a job works there are half-made ones, and for a moment two whole ones.
+        (true, Some(_)) => forms.iter().any(|form| whole(&form)),
+        (false, None) => forms.iter().all(|form| form == "memory"),
+        (false, Some(_)) => false,
+    };
+    ensure!(right, "memory lies as {forms:?}: {instance}");
     Ok(())
 }

@@ -16,6 +16,7 @@
 //!   ([`phases`]).
 pub mod api;
 pub mod checks;
+pub mod compression;
 pub mod disk;
 pub mod exec;
 pub mod harness;

@@ -23,6 +23,27 @@ impl Witness {
         Ok(Self { account })
     }
 
+    /// Puts `mib` MiB into the guest's memory, half noise and half text, 4 MiB of each in turn, and a mark on its
+    /// disk. The guest's memory must be more than twice that.
+    pub async fn plant_mixed(api: &Api, key: &str, mib: u32) -> Result<Self> {
+        // Emulated guests make noise slowly: it is made once, and moved on by some bytes from turn to turn, so that no
+        // two pages are the same.
+        let script = format!(
+            "echo kept > /root/kept && sync && cd /dev/shm && rm -f witness && \
+             seq 1 650000 | head -c 4194304 > text && head -c 4194304 /dev/urandom > noise && \
+             for i in $(seq 100 {}); do echo turn $i; cat text noise; done > witness && rm text noise && {ACCOUNT}",
+            99 + mib / 8
+        );
+        let account = exec::sh(api, key, &script).await.context("plant")?;
+        Ok(Self { account })
+    }
+
+    /// What lies there by now; an error when nothing does.
+    pub async fn read(api: &Api, key: &str) -> Result<Self> {
+        let account = exec::sh(api, key, &format!("test -e /dev/shm/witness && {ACCOUNT}")).await?;
+        Ok(Self { account })
+    }
+
     /// The guest is the same one, and its memory what it was.
     pub async fn survived(&self, api: &Api, key: &str) -> Result<()> {
         let account = exec::sh(api, key, ACCOUNT)

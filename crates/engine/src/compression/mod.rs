@@ -26,7 +26,7 @@ use tokio::sync::Semaphore;
 
 pub use job::Job;
 pub use sleeping::found;
-pub use unpack::{codec_error, unpack};
+pub use unpack::{codec_error, unpack, verify};
 
 use counters::Counters;
 use policy::SnapshotConfig;

@@ -1,7 +1,10 @@
 //! Raw memory for a machine that is about to map it.
-use std::{path::PathBuf, time::Instant};
+use std::{
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
-use doze_snapshot::{DecompressOptions, Error, decompress_file, inspect_file};
+use doze_snapshot::{DecompressOptions, Error, decompress_file, inspect_file, verify_file};
 
 use super::{counters::Preparation, files};
 use crate::{
@@ -55,19 +58,46 @@ async fn decompress(
     let stopped = stop.clone();
     let work = blocking("decompressing memory", move || {
         let options = DecompressOptions::default();
-        decompress_file(&artefact, &raw, options, &stopped, &mut |_| {})
+        decompress_file(&artefact, &raw, options, &stopped, &mut |_| {}).map(drop)
     });
+    // What it wrote goes with it.
+    to_the_end(work, &stop, cancel).await
+}
+
+/// Reads memory that lies compressed in `dir` to its end: damage has to be found before anything is given up for it.
+pub async fn verify(dir: &Path, cancel: &Cancel) -> Result<(), EngineError> {
+    let dir = dir.to_owned();
+    let packed = blocking("looking for memory", move || files::packed(&dir))
+        .await?
+        .map_err(io_error("looking for memory"))?;
+    let Some(artefact) = packed else {
+        return Ok(());
+    };
+    let stop = doze_snapshot::Cancel::new();
+    let stopped = stop.clone();
+    let work = blocking("verifying compressed memory", move || {
+        let options = DecompressOptions::default();
+        verify_file(&artefact, options, &stopped, &mut |_| {}).map(drop)
+    });
+    to_the_end(work, &stop, cancel).await
+}
+
+/// Stops the work through `stop` when the operation is cancelled, and waits for it all the same.
+async fn to_the_end(
+    work: impl Future<Output = Result<Result<(), Error>, EngineError>>,
+    stop: &doze_snapshot::Cancel,
+    cancel: &Cancel,
+) -> Result<(), EngineError> {
     tokio::pin!(work);
     let done = tokio::select! {
         done = &mut work => done,
         () = cancel.cancelled() => {
             stop.cancel();
-            // What it wrote goes with it.
             work.await
         }
     };
     match done? {
-        Ok(_) => Ok(()),
+        Ok(()) => Ok(()),
         Err(Error::Cancelled) => check(cancel),
         Err(error) => Err(codec_error(error)),
     }

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     EngineError, StartOverrides, TargetState,
-    compression::{files as memory_files, stored::Access},
+    compression::{self, files as memory_files, stored::Access},
     context::{blocking, io_error},
     copies::{self, Durable, Home},
     instance::{Instance, OVERLAY, SNAPSHOT},
@@ -124,7 +124,7 @@ async fn prepare(
     })
     .await??;
     instance.reach(KillPoint::RollbackStaged);
-    check_host(instance, memory, target).await?;
+    check_host(instance, cancel, memory, target).await?;
     // The last moment to change one's mind.
     check(cancel)?;
     let dir = instance.dir();
@@ -140,6 +140,7 @@ async fn prepare(
 /// Everything that would refuse to wake or boot what comes back, asked before anything is given up for it.
 async fn check_host(
     instance: &mut Instance,
+    cancel: &Cancel,
     memory: bool,
     target: TargetState,
 ) -> Result<(), EngineError> {
@@ -149,6 +150,7 @@ async fn check_host(
     if memory {
         let stage = instance.dir().join(STAGE);
         restore::check_loads(instance, &stage, pending.inherited).await?;
+        compression::verify(&stage, cancel).await?;
     }
     if target == TargetState::Running {
         let bytes = pending.spec.memory_bytes;

@@ -449,7 +449,6 @@ async fn fields_not_built_yet(world: &World) -> Result<()> {
             ("volumes", json!({"volumes": [{"volume_id": "v", "mount_path": "/v"}]})),
             ("health_check", json!({"health_check": {"type": "exec", "exec": {"command": ["true"]}}})),
             ("restart_policy", json!({"restart_policy": {"policy": "always"}})),
-            ("snapshot_policy", json!({"snapshot_policy": {"compression": {"enabled": true, "algorithm": "zstd"}}})),
             ("credentials", json!({"credentials": {"TOKEN": {"source": {"env": "TOKEN"}, "inject": [{"as": {"header": "A", "format": "${value}"}}]}}})),
             ("egress", json!({"network": {"enabled": true, "egress": {"enabled": true}}})),
             ("bandwidth_download", json!({"network": {"bandwidth_download": "1Gbps"}})),

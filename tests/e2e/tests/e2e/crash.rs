@@ -1,5 +1,6 @@
 //! kill -9 of the server at every named point inside create, start, stop and delete; `crash_standby` has
-//! those inside standby and restore, `crash_copies` those inside snapshot, fork and rollback.
+//! those inside standby and restore, `crash_copies` those inside snapshot, fork and rollback, `crash_compression`
+//! those of compressed memory.
 //!
 //! The server kills itself when it reaches the point that `DOZE_KILL_AT` names. After a restart
 //! without it, what the API says, processes, TAPs and files must agree, and the instance must be
@@ -13,7 +14,7 @@ use doze_e2e::{
 };
 use serde_json::json;
 
-use crate::{crash_copies, crash_standby};
+use crate::{crash_compression, crash_copies, crash_standby};
 
 /// What is interrupted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,7 +90,8 @@ pub fn groups(points: &[String]) -> Result<Vec<Group>> {
         ensure!(
             Operation::ALL.iter().any(|op| op.passes(point))
                 || crash_standby::covers(point)
-                || crash_copies::covers(point),
+                || crash_copies::covers(point)
+                || crash_compression::covers(point),
             "no operation is known to pass kill point {point:?}"
         );
     }

@@ -370,7 +370,7 @@ async fn interrupted(world: &World, api: &Api, id: &str) -> Result<serde_json::V
 }
 
 /// The next start dies, too, at a point on the way of its repairs.
-async fn die_in_recovery(world: &World, point: &str) -> Result<()> {
+pub async fn die_in_recovery(world: &World, point: &str) -> Result<()> {
     use std::os::unix::process::ExitStatusExt as _;
     let (status, log) = world
         .server

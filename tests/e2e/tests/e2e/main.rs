@@ -16,8 +16,10 @@ mod auto_standby;
 mod bad_input;
 mod billing;
 mod cli;
+mod compression;
 mod copies;
 mod crash;
+mod crash_compression;
 mod crash_copies;
 mod crash_standby;
 mod exec;
@@ -66,9 +68,11 @@ fn groups(points: &[String]) -> Result<Vec<Group>> {
     let sample = Sample::from_env()?;
     groups.extend(crash_standby::groups(points, &sample)?);
     groups.extend(crash_copies::groups(points, &sample)?);
+    groups.extend(crash_compression::groups(points, &sample)?);
     groups.extend(standby_disk::groups(&sample));
     groups.extend(standby_faults::groups(&sample));
     groups.extend(copies::groups());
+    groups.extend(compression::groups(&sample));
     groups.extend(auto_standby::groups(&sample));
     for hypervisor in ["qemu", "qemu-microvm"] {
         groups.push(on(hypervisor, "", shared_cases()));

@@ -11,7 +11,7 @@ use tokio::{
 pub fn cases() -> Vec<Case> {
     doze_e2e::cases![python_sdk, typescript_sdk]
         .into_iter()
-        .map(|case| case.deadline(Duration::from_secs(300)))
+        .map(|case| case.deadline(Duration::from_secs(600)))
         .collect()
 }
 
@@ -77,5 +77,5 @@ async fn run(world: &World, language: &str, interpreter: &Path, script: &Path) -
         passed.is_some_and(|n| n >= 15),
         "{language} ended with {last:?}"
     );
-    Ok(())
+    doze_e2e::compression::balanced(api).await.map(drop)
 }

@@ -159,10 +159,12 @@ async fn bad_bodies(api: &Api, id: &str) -> Result<()> {
         format!("/instances/{id}/standby"),
         format!("/instances/{id}/restore"),
     );
-    let compress = json!({"compression": {"enabled": true, "algorithm": "zstd"}});
-    api.post(&standby, compress)
-        .await?
-        .refused(501, "not_implemented", &["compression"])?;
+    let compress = json!({"compression": {"enabled": true, "algorithm": "zstd", "level": 20}});
+    api.post(&standby, compress).await?.refused(
+        400,
+        "invalid_field",
+        &["compression.level", "20", "1 to 19"],
+    )?;
     api.post(&standby, json!({"compression_delay": "soon"}))
         .await?
         .refused(400, "invalid_field", &["compression_delay", "soon"])?;
