@@ -223,7 +223,7 @@ impl Ticket {
 
     /// Raw and compressed bytes.
     pub fn succeeded(mut self, raw: u64, compressed: u64) {
-        self.end(JobResult::Success);
+        self.end(JobResult::Success, None);
         self.count(|jobs| {
             jobs.bytes_in += raw;
             jobs.bytes_out += compressed;
@@ -234,29 +234,29 @@ impl Ticket {
 
     /// Without success. `by`: who halted it, if somebody did.
     pub fn ended(mut self, result: JobResult, by: Option<&'static str>) {
-        self.end(result);
-        // One that had not begun was in nobody's way.
-        if let (JobResult::Canceled, Some(by)) = (result, by) {
-            let mut metrics = lock(&self.counters.0);
-            *metrics.preemptions.entry((self.labels, by)).or_default() += 1;
-        }
+        self.end(result, by);
     }
 
-    fn end(&mut self, result: JobResult) {
-        match std::mem::replace(&mut self.stage, Stage::Ended) {
-            Stage::Ended => {}
-            Stage::Pending(_) => self.count(|jobs| {
-                jobs.pending -= 1;
-                *jobs.ended.entry(result).or_default() += 1;
-            }),
-            Stage::Active(since) => self.count(|jobs| {
+    /// All of it at once: whoever looks finds it here or there.
+    fn end(&mut self, result: JobResult, by: Option<&'static str>) {
+        let stage = std::mem::replace(&mut self.stage, Stage::Ended);
+        let mut metrics = lock(&self.counters.0);
+        let jobs = metrics.jobs.entry(self.labels).or_default();
+        match stage {
+            Stage::Ended => return,
+            Stage::Pending(_) => jobs.pending -= 1,
+            Stage::Active(since) => {
                 jobs.active -= 1;
-                *jobs.ended.entry(result).or_default() += 1;
                 let histogram = jobs.duration.entry(result);
                 histogram
                     .or_insert_with(|| Histogram::new(Histogram::SECONDS))
                     .add(since.elapsed().as_secs_f64());
-            }),
+            }
+        }
+        *jobs.ended.entry(result).or_default() += 1;
+        // One that had not begun was in nobody's way.
+        if let (JobResult::Canceled, Some(by)) = (result, by) {
+            *metrics.preemptions.entry((self.labels, by)).or_default() += 1;
         }
     }
 }
@@ -268,7 +268,7 @@ impl Drop for Ticket {
             Stage::Pending(_) => JobResult::Skipped,
             Stage::Active(_) => JobResult::Failed,
         };
-        self.end(result);
+        self.end(result, None);
     }
 }
 
