@@ -162,10 +162,11 @@ impl Scenario {
     }
 
     pub fn rolls_back(&self) -> Option<TargetState> {
-        match self.op {
+        let all = [Some(self.op), self.then.map(|(_, then)| then)];
+        all.into_iter().flatten().find_map(|op| match op {
             Op::Rollback(target) => Some(target),
             _ => None,
-        }
+        })
     }
 
     /// Nothing that is done changes the instance.
