@@ -35,6 +35,7 @@ fn every_verb_is_there() {
         "doctor",
         "fork",
         "snapshot",
+        "snapshot-tool",
         "schedule",
         "auto-standby",
     ] {

@@ -7,10 +7,11 @@ use std::{fs, sync::Mutex};
 
 use common::*;
 use doze_snapshot::{
-    Algorithm, Artefact as Open, Error, Fault,
+    Algorithm, Artefact as Open, Cancel, DecompressOptions, Error, Fault, decompress_file,
     format::{FOOTER, MAX_FRAMES, SeekTable, TableWriter, Tail},
 };
 use peak_alloc::PeakAlloc;
+use rand::{Rng, SeedableRng, rngs::StdRng};
 
 #[global_allocator]
 static MEMORY: PeakAlloc = PeakAlloc;
@@ -133,5 +134,38 @@ fn forged_frames_behind_a_valid_table_are_refused() {
             assert!(is_frame, "{error}");
             assert!(used < 512 << 10, "{used} bytes");
         }
+    }
+}
+
+#[test]
+fn work_takes_some_chunks_per_worker_however_large_the_file() {
+    let _turn = TURN.lock();
+    let folder = TempDir::new().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let mut noise = vec![0; 24 << 20];
+    StdRng::seed_from_u64(11).fill(&mut noise[..]);
+    fs::write(path("memory"), &noise).unwrap();
+    drop(noise);
+    // Two workers with a chunk and a frame each, four finished frames waiting for each, and the writer's own;
+    // what the C libraries hold is theirs to bound, by level.
+    let cap = (2 * (2 + 4) + 4) * (SMALL as usize + SMALL as usize / 16);
+    for algorithm in [Algorithm::Zstd, Algorithm::Lz4] {
+        let packing = peak(|| {
+            compress(&path("memory"), &path("packed"), options(algorithm, 1)).unwrap();
+        });
+        let two = DecompressOptions {
+            threads: std::num::NonZeroUsize::new(2),
+            background: false,
+        };
+        let unpacking = peak(|| {
+            let quiet = &mut |_| {};
+            decompress_file(&path("packed"), &path("back"), two, &Cancel::new(), quiet).unwrap();
+        });
+        assert!(
+            packing <= cap && unpacking <= cap,
+            "{algorithm}: {packing} and {unpacking} of {cap}"
+        );
+        fs::remove_file(path("packed")).unwrap();
+        fs::remove_file(path("back")).unwrap();
     }
 }

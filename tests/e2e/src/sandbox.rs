@@ -17,11 +17,16 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule,
+};
 
 const PREFIX: &str = "doze-e2e-";
 const ENV_NETNS: &str = "DOZE_E2E_INNER_NETNS";
 const ENV_HOME: &str = "DOZE_E2E_INNER_HOME";
 const ENV_HELPER: &str = "DOZE_E2E_HELPER";
+const WITHOUT_CONNTRACK: &str = "without-conntrack";
 /// Address of this host on the link to the outside (RFC 5737 test network).
 pub const HOST_SIDE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 /// Address of the outside.
@@ -64,6 +69,16 @@ impl Sandbox {
             .kill_on_drop(true);
         Ok(command)
     }
+}
+
+/// The same program, for which this kernel has no connection tracking over netlink.
+pub fn without_conntrack(program: &Command) -> Result<tokio::process::Command> {
+    let mut command = tokio::process::Command::new(env::current_exe().context("own executable")?);
+    command
+        .arg(program.get_program())
+        .args(program.get_args())
+        .env(ENV_HELPER, WITHOUT_CONNTRACK);
+    Ok(command)
 }
 
 /// Runs `inner` inside the sandbox. In the outer process this never runs `inner`.
@@ -309,8 +324,11 @@ fn ip(args: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// The helper roles this executable plays outside the host.
+/// The helper roles this executable plays outside the host, and on the way to another program.
 fn helper(task: &str) -> Result<()> {
+    if task == WITHOUT_CONNTRACK {
+        return hide_conntrack();
+    }
     let (keep, address) = match task.split_once(' ') {
         Some(("listen", address)) => (false, address),
         Some(("keep", address)) => (true, address),
@@ -328,4 +346,38 @@ fn helper(task: &str) -> Result<()> {
         io::copy(&mut stream, &mut io::sink())?;
     }
     Ok(())
+}
+
+/// Becomes the program in the arguments, with a filter (seccomp(2)) that refuses it, and whatever it starts, a
+/// non-blocking netlink socket to netfilter, with the error of a kernel without nfnetlink. `nft` opens a
+/// blocking one, so rules still work.
+fn hide_conntrack() -> Result<()> {
+    use std::os::unix::process::CommandExt as _;
+    let is = |argument, operator, value: libc::c_int| {
+        let value = u64::try_from(value)?;
+        SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value)
+            .map_err(anyhow::Error::from)
+    };
+    let nonblocking = u64::try_from(libc::SOCK_NONBLOCK)?;
+    let socket = SeccompRule::new(vec![
+        is(0, SeccompCmpOp::Eq, libc::AF_NETLINK)?,
+        is(1, SeccompCmpOp::MaskedEq(nonblocking), libc::SOCK_NONBLOCK)?,
+        is(2, SeccompCmpOp::Eq, libc::NETLINK_NETFILTER)?,
+    ])?;
+    let refuse = SeccompAction::Errno(u32::try_from(libc::EPROTONOSUPPORT)?);
+    let filter: BpfProgram = SeccompFilter::new(
+        [(libc::SYS_socket, vec![socket])].into(),
+        SeccompAction::Allow,
+        refuse,
+        env::consts::ARCH.try_into()?,
+    )?
+    .try_into()?;
+    seccompiler::apply_filter(&filter)?;
+    let mut arguments = env::args_os().skip(1);
+    let program = arguments.next().context("no program was named")?;
+    let error = Command::new(&program)
+        .args(arguments)
+        .env_remove(ENV_HELPER)
+        .exec();
+    Err(error).with_context(|| program.display().to_string())
 }

@@ -16,7 +16,7 @@ use tokio::{
     sync::Mutex,
 };
 
-use crate::{Api, preflight::Tools};
+use crate::{Api, preflight::Tools, sandbox};
 
 /// A start includes reconciling all records; beyond this it hangs.
 const START_DEADLINE: Duration = Duration::from_secs(60);
@@ -128,6 +128,18 @@ impl Server {
 
     /// As [`Server::start`], with additions to its environment.
     pub async fn start_with(&self, env: &[(&str, &str)]) -> Result<()> {
+        self.launch(self.command(env)?).await
+    }
+
+    /// As [`Server::start`], on a kernel that has no connection tracking as far as the server can see.
+    pub async fn start_without_conntrack(&self) -> Result<()> {
+        let serve = self.command(&[])?;
+        let mut command = sandbox::without_conntrack(serve.as_std())?;
+        self.with_log(&mut command)?;
+        self.launch(command).await
+    }
+
+    async fn launch(&self, mut command: Command) -> Result<()> {
         let mut slot = self.child.lock().await;
         ensure!(slot.is_none(), "the server runs already");
         let socket = self.dir.join("notify.sock");
@@ -138,8 +150,7 @@ impl Server {
         let notify = UnixDatagram::bind(&socket)?;
         notify.set_nonblocking(true)?;
         let notify = tokio::net::UnixDatagram::from_std(notify)?;
-        let mut child = self
-            .command(env)?
+        let mut child = command
             .env("NOTIFY_SOCKET", &socket)
             .spawn()
             .context("doze serve")?;
@@ -170,10 +181,6 @@ impl Server {
     }
 
     fn command(&self, env: &[(&str, &str)]) -> Result<Command> {
-        let log = fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(&self.log)?;
         let mut command = Command::new(&self.doze);
         command
             .args([
@@ -181,11 +188,21 @@ impl Server {
                 OsStr::new("--config"),
                 self.config.as_os_str(),
             ])
-            .envs(env.iter().copied())
+            .envs(env.iter().copied());
+        self.with_log(&mut command)?;
+        Ok(command)
+    }
+
+    fn with_log(&self, command: &mut Command) -> Result<()> {
+        let log = fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&self.log)?;
+        command
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
-        Ok(command)
+        Ok(())
     }
 
     /// Starts it and expects it to end by itself: its status.

@@ -32,6 +32,7 @@ mod host;
 mod interrupts;
 mod refusals;
 mod sessions;
+mod snapshot_tool;
 
 const CYCLES: u32 = 20;
 
@@ -42,6 +43,7 @@ pub fn cases() -> Vec<Case> {
     cases.extend(guest::cases());
     cases.extend(interrupts::cases());
     cases.extend(host::cases());
+    cases.extend(snapshot_tool::cases());
     // Last: one of them puts everything to sleep.
     cases.extend(cli::cases());
     let patient = |case: Case| case.deadline(Duration::from_secs(300));

@@ -1,6 +1,6 @@
 //! What the server hears of connections gets lost. Then everybody counts as busy until the truth is known
 //! again.
-use doze_e2e::procs;
+use doze_e2e::{exec, procs};
 
 use super::*;
 
@@ -9,6 +9,7 @@ pub fn cases() -> Vec<Case> {
         nobody_sleeps_while_the_socket_is_lost,
         nobody_sleeps_without_our_rules,
         nobody_sleeps_unseen,
+        nobody_sleeps_where_the_kernel_shows_no_connections,
     ]
 }
 
@@ -101,17 +102,33 @@ async fn nobody_sleeps_unseen(world: &World) -> Result<()> {
     world.server.stop().await?;
     let blind = [("DOZE_NETWORK__ENABLED", "false")];
     world.server.start_with(&blind).await?;
+    let outcome = is_unsupported(api, &id).await;
+    world.server.stop().await?;
+    world.server.start().await?;
+    outcome?;
+    falls_asleep(api, &id).await?;
+    api.remove(&id).await
+}
+
+/// The same with a network and without connection tracking over netlink: the kernel refuses its socket.
+async fn nobody_sleeps_where_the_kernel_shows_no_connections(world: &World) -> Result<()> {
+    let api = world.api().await?;
+    let id = world.boot_tiny("untold").await?;
+    world.server.stop().await?;
+    world.server.start_without_conntrack().await?;
     let outcome = async {
-        set(api, &id, &on(Duration::from_millis(200))).await?;
-        for answer in [status(api, &id).await?, hold(api, &id).await?] {
-            ensure!(
-                pair(&answer) == ("unsupported", "unsupported_platform")
-                    && answer["supported"] == false
-                    && answer["hold_until"].is_null(),
-                "{answer}"
-            );
-        }
-        stays_awake(api, &id, Duration::from_secs(2)).await
+        is_unsupported(api, &id).await?;
+        let log = world.server.log_tail();
+        ensure!(
+            log.contains("this kernel offers no connection tracking over netlink"),
+            "{log}"
+        );
+        // Everything else is as ever.
+        let rules = procs::ruleset()?;
+        ensure!(rules.contains(&world.server.bridge), "{rules}");
+        ensure!(api.instance(&id).await?["network"]["enabled"] == true);
+        ensure!(exec::sh(api, &id, "echo here").await?.trim() == "here");
+        anyhow::Ok(())
     }
     .await;
     world.server.stop().await?;
@@ -119,4 +136,17 @@ async fn nobody_sleeps_unseen(world: &World) -> Result<()> {
     outcome?;
     falls_asleep(api, &id).await?;
     api.remove(&id).await
+}
+
+async fn is_unsupported(api: &Api, id: &str) -> Result<()> {
+    set(api, id, &on(Duration::from_millis(200))).await?;
+    for answer in [status(api, id).await?, hold(api, id).await?] {
+        ensure!(
+            pair(&answer) == ("unsupported", "unsupported_platform")
+                && answer["supported"] == false
+                && answer["hold_until"].is_null(),
+            "{answer}"
+        );
+    }
+    stays_awake(api, id, Duration::from_secs(2)).await
 }

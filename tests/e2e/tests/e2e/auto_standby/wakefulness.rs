@@ -11,6 +11,7 @@ pub fn cases() -> Vec<Case> {
         an_open_connection_keeps_it_awake_until_it_closes,
         its_own_connections_do_not,
         ignored_clients_do_not,
+        silent_clients_do_for_so_long_only,
         exec_sessions_do,
     ]
 }
@@ -128,6 +129,68 @@ async fn ignored_clients_do_not(world: &World) -> Result<()> {
         ensure!(client.command(&["GET", "colour"]).await? == "green");
     }
     api.remove(&id).await
+}
+
+/// To the kernel a client that died is one that says nothing any more: no FIN, no RST, established for days.
+async fn silent_clients_do_for_so_long_only(world: &World) -> Result<()> {
+    const SILENCE: Duration = Duration::from_secs(5);
+    let (id, address) = redis(world, "silent").await?;
+    let api = world.api().await?;
+    // A packet sends no event, and neither does its absence: the regular reading of the table tells.
+    world.server.stop().await?;
+    let often = [("DOZE_AUTO_STANDBY__RECONCILE_INTERVAL", "1s")];
+    world.server.start_with(&often).await?;
+    let outcome = async {
+        let mut client = Redis::connect(address, PATIENCE).await?;
+        client.command(&["SET", "colour", "green"]).await?;
+        // Without the option it counts however long it is silent.
+        set(api, &id, &on(TIMEOUT)).await?;
+        stays_awake(api, &id, SILENCE + TIMEOUT + Duration::from_secs(3)).await?;
+        let active = status(api, &id).await?;
+        ensure!(active["active_inbound_connections"] == 1, "{active}");
+
+        // With it, whoever says something now and then counts.
+        let mut limited = on(TIMEOUT);
+        limited["max_flow_idle"] = json!(format!("{}s", SILENCE.as_secs()));
+        client.command(&["GET", "colour"]).await?;
+        let policy = set(api, &id, &limited).await?;
+        ensure!(policy["auto_standby"]["max_flow_idle"] == "5s", "{policy}");
+        tokio::select! {
+            failed = say_something(&mut client) => match failed? {},
+            awake = stays_awake(api, &id, (SILENCE + TIMEOUT) * 2) => awake?,
+        }
+
+        // And whoever falls silent counts until the limit; from then on the idle timeout runs.
+        let said = now_ms();
+        client.command(&["GET", "colour"]).await?;
+        let idle = reaches(api, &id, ("idle_countdown", "idle_timeout_not_elapsed")).await?;
+        ensure!(
+            moment(&idle, "idle_since")? >= said + ms(SILENCE)
+                && idle["active_inbound_connections"] == 0,
+            "said something at {said}: {idle}"
+        );
+        not_before(falls_asleep(api, &id).await?, said + ms(SILENCE), TIMEOUT)?;
+
+        // It was there all the time.
+        set(api, &id, &json!({"enabled": false})).await?;
+        restore(api, &id).await?;
+        ensure!(client.command(&["GET", "colour"]).await? == "green");
+        anyhow::Ok(())
+    }
+    .await;
+    world.server.stop().await?;
+    world.server.start().await?;
+    outcome?;
+    api.remove(&id).await
+}
+
+/// Each second, for as long as somebody listens.
+async fn say_something(client: &mut Redis) -> Result<std::convert::Infallible> {
+    let mut pace = tokio::time::interval(Duration::from_secs(1));
+    loop {
+        pace.tick().await;
+        client.command(&["GET", "colour"]).await?;
+    }
 }
 
 async fn exec_sessions_do(world: &World) -> Result<()> {
