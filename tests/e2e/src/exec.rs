@@ -193,11 +193,25 @@ pub async fn run(api: &Api, key: &str, command: &[&str]) -> Result<Outcome> {
 
 /// As [`run`], with the whole request.
 pub async fn run_with(api: &Api, key: &str, request: &Value) -> Result<Outcome> {
+    run_within(api, key, request, 60).await
+}
+
+/// As [`run_with`], at most so many seconds.
+async fn run_within(api: &Api, key: &str, request: &Value, seconds: u64) -> Result<Outcome> {
     let work = async { Exec::open(api, key, request).await?.finish().await };
-    tokio::time::timeout(Duration::from_secs(60), work)
+    tokio::time::timeout(Duration::from_secs(seconds), work)
         .await
-        .map_err(|_| anyhow!("{request} has not ended within 60 s"))?
+        .map_err(|_| anyhow!("{request} has not ended within {seconds} s"))?
         .with_context(|| format!("exec {request}"))
+}
+
+/// As [`sh`], for what an emulated guest takes long to do: five minutes at most.
+pub async fn long_sh(api: &Api, key: &str, script: &str) -> Result<String> {
+    let request = json!({"command": ["sh", "-c", script], "tty": false, "wait_for_agent": 60});
+    run_within(api, key, &request, 300)
+        .await?
+        .ok()
+        .with_context(|| format!("script {script:?}"))
 }
 
 /// Runs a shell script that must succeed, and gives its output without surrounding space.

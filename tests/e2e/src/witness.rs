@@ -34,19 +34,20 @@ impl Witness {
              for i in $(seq 100 {}); do echo turn $i; cat text noise; done > witness && rm text noise && {ACCOUNT}",
             99 + mib / 8
         );
-        let account = exec::sh(api, key, &script).await.context("plant")?;
+        let account = exec::long_sh(api, key, &script).await.context("plant")?;
         Ok(Self { account })
     }
 
     /// What lies there by now; an error when nothing does.
     pub async fn read(api: &Api, key: &str) -> Result<Self> {
-        let account = exec::sh(api, key, &format!("test -e /dev/shm/witness && {ACCOUNT}")).await?;
+        let account =
+            exec::long_sh(api, key, &format!("test -e /dev/shm/witness && {ACCOUNT}")).await?;
         Ok(Self { account })
     }
 
     /// The guest is the same one, and its memory what it was.
     pub async fn survived(&self, api: &Api, key: &str) -> Result<()> {
-        let account = exec::sh(api, key, ACCOUNT)
+        let account = exec::long_sh(api, key, ACCOUNT)
             .await
             .context("the witness in memory")?;
         ensure!(
