@@ -177,6 +177,14 @@ fn jobs(scenarios: &[Scenario], dry: &[DryRun]) -> Vec<Job> {
     let mut jobs = Vec::new();
     for (index, run) in dry.iter().enumerate() {
         for crash in run.steps.iter().cloned().map(Some).chain([None]) {
+            // The same steps as without compression are sampled, those about it are not.
+            if rounds() == 0
+                && scenarios[index].packs
+                && !crash.as_ref().is_none_or(about_memory)
+                && !dice.one_in(4)
+            {
+                continue;
+            }
             // Without rounds, trouble ends in one of the two ways only.
             let sampled = rounds() == 0 && !scenarios[index].thorough;
             let power = dice.one_in(2);
@@ -198,6 +206,18 @@ fn jobs(scenarios: &[Scenario], dry: &[DryRun]) -> Vec<Job> {
         }
     }
     jobs
+}
+
+/// Where memory has two forms, or may have.
+fn about_memory(step: &Step) -> bool {
+    let points = [
+        "compression.",
+        "restore.decompressed",
+        "restore.artefact_dropped",
+        "restore.consumed",
+        "rollback.swapped",
+    ];
+    points.iter().any(|point| step.label.contains(point))
 }
 
 /// The job, and with rounds asked for the same with a second crash at every step of its recovery.
