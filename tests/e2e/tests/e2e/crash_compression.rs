@@ -24,7 +24,7 @@ use crate::{
 
 const BOARDS: [&str; 2] = ["qemu-microvm", "qemu"];
 /// Cases beyond one per point that a test run takes.
-const SAMPLED: usize = 3;
+const SAMPLED: usize = 2;
 const CODEC: Codec = CODECS[1];
 
 /// How the server comes to a point.
@@ -189,7 +189,7 @@ pub fn groups(points: &[String], sample: &Sample) -> Result<Vec<Group>> {
     }
     let (rounds, codecs) = match sample.campaign {
         true => (20, CODECS.to_vec()),
-        false => (2, CODECS.into_iter().filter(|c| c.level <= 3).collect()),
+        false => (1, CODECS.into_iter().filter(|c| c.level <= 3).collect()),
     };
     let anywhere = random.below(BOARDS.len());
     let group = |(at, (board, scenarios)): (usize, (&str, Vec<Scenario>))| {
