@@ -400,10 +400,12 @@ fn stalled(stream: &[u8]) -> reqwest::Body {
 async fn callers_that_hang_up_leave_nothing(world: &World) -> Result<()> {
     prepare(world)?;
     let api = world.api().await?;
+    // Of the cases before.
+    let before = stored(&world.server)?;
     let id = world.boot_tiny("leaver").await?;
     let kept = snapshot(world, &id, json!({"kind": "Standby", "name": "left"})).await?;
-    let stored = text(&kept, "id")?;
-    let path = format!("/snapshots/{stored}/export");
+    let one = text(&kept, "id")?;
+    let path = format!("/snapshots/{one}/export");
     let stream = api.open(&path).await?.bytes().await?;
 
     // An import whose caller hangs up, and one whose server dies.
@@ -419,15 +421,24 @@ async fn callers_that_hang_up_leave_nothing(world: &World) -> Result<()> {
     }
     world.server.kill().await?;
     world.server.start().await?;
-    left(&world.server, &[&stored])?;
+    let with_it: Vec<&str> = before.iter().chain([&one]).map(String::as_str).collect();
+    left(&world.server, &with_it)?;
 
     // An export whose caller hangs up does not keep the snapshot from being deleted.
     let mut export = api.open(&path).await?;
     ensure!(export.chunk().await?.is_some(), "an export without bytes");
     drop(export);
-    removed(api, &stored).await?;
-    left(&world.server, &[])?;
+    removed(api, &one).await?;
+    let others: Vec<&str> = before.iter().map(String::as_str).collect();
+    left(&world.server, &others)?;
     remove_all(world, &[id]).await
+}
+
+/// Ids of the snapshots whose folders are there.
+fn stored(server: &Server) -> Result<Vec<String>> {
+    let entries = fs::read_dir(server.data_dir.join("snapshots"))?;
+    let names = entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
+    names.collect()
 }
 
 fn copies(server: &Server) -> Result<usize> {
