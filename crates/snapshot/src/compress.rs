@@ -42,7 +42,6 @@ pub fn compress_file(
     cancel.check()?;
     let source = Source::open(source, options)?;
     let mut stage = Stage::create(target)?;
-    let _low = cancel.lower_current_thread(options.background);
     let team = Team {
         threads: options.threads,
         background: options.background,
@@ -52,7 +51,7 @@ pub fn compress_file(
     source.pack(&mut stage, options, team, progress)?;
     source.check_unchanged()?;
     let convert = started.elapsed();
-    stage.sync(cancel, progress)?;
+    stage.sync(team, progress)?;
     let sync = started.elapsed() - convert;
     let artefact = Artefact::new(&stage.file, target)?;
     artefact.verify(team, progress)?;

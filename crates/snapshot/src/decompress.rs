@@ -34,7 +34,6 @@ pub fn decompress_file(
     cancel.check()?;
     let artefact = Artefact::open(source)?;
     let stage = Stage::create(target)?;
-    let _low = cancel.lower_current_thread(options.background);
     let team = Team {
         threads: options.threads,
         background: options.background,
@@ -43,7 +42,7 @@ pub fn decompress_file(
     let started = Instant::now();
     unpack(&artefact, &stage, team, progress)?;
     let convert = started.elapsed();
-    stage.sync(cancel, progress)?;
+    stage.sync(team, progress)?;
     let sync = started.elapsed() - convert;
     read_back(&artefact, &stage, target, team, progress)?;
     let report = Report {

@@ -15,6 +15,7 @@ use crate::{
     cancel::Cancel,
     error::Error,
     options::{Phase, Progress},
+    pool::Team,
 };
 
 /// Given to the disk at once: an idle disk is through with it in well under 50 ms.
@@ -80,7 +81,9 @@ impl Stage {
     }
 
     /// All content durable. In steps, because one fsync of a whole memory cannot be cancelled.
-    pub fn sync(&self, cancel: &Cancel, progress: &mut dyn FnMut(Progress)) -> Result<(), Error> {
+    pub fn sync(&self, team: Team<'_>, progress: &mut dyn FnMut(Progress)) -> Result<(), Error> {
+        let cancel = team.cancel;
+        let _low = cancel.lower_current_thread(team.background);
         let total = self
             .file
             .metadata()
