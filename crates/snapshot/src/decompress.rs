@@ -8,11 +8,8 @@ use crate::{
     options::{DecompressOptions, Phase, Progress, Report, Timings},
     pool::{self, Team},
     sparse,
-    stage::Stage,
+    stage::{Filled, Stage},
 };
-
-/// Bytes of the raw file after which the disk is told to begin.
-const WRITEBACK_STEP: u64 = 16 << 20;
 
 /// Decompresses the artefact `source` into `target`, which must not exist.
 ///
@@ -40,7 +37,9 @@ pub fn decompress_file(
         cancel,
     };
     let started = Instant::now();
-    unpack(&artefact, &stage, team, progress)?;
+    stage.write_behind(team, |filled| {
+        unpack(&artefact, &stage, filled, team, progress)
+    })?;
     let convert = started.elapsed();
     stage.sync(team, progress)?;
     let sync = started.elapsed() - convert;
@@ -61,6 +60,7 @@ pub fn decompress_file(
 fn unpack(
     artefact: &Artefact<File>,
     stage: &Stage,
+    filled: &mut Filled,
     team: Team<'_>,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<(), Error> {
@@ -71,7 +71,6 @@ fn unpack(
         .file
         .set_len(total)
         .map_err(Error::io("set the size of", &stage.path))?;
-    let mut started = 0;
     pool::run(
         table.entries.len() as u64,
         team,
@@ -83,10 +82,7 @@ fn unpack(
         },
         |index, ()| {
             let done = total.min((index + 1) * chunk);
-            if done - started >= WRITEBACK_STEP {
-                stage.start_writeback(started, done - started)?;
-                started = done;
-            }
+            filled.up_to(done);
             progress(Progress {
                 phase: Phase::Convert,
                 done,
