@@ -16,11 +16,8 @@ use crate::{
     options::{CompressOptions, Phase, Progress, Report, Timings},
     pool::{self, Team},
     sparse,
-    stage::Stage,
+    stage::{Filled, Stage},
 };
-
-/// Bytes after which the disk is told to begin.
-const WRITEBACK_STEP: u64 = 8 << 20;
 
 /// Compresses the regular file `source` into `target`, which must not exist.
 ///
@@ -41,18 +38,19 @@ pub fn compress_file(
 ) -> Result<Report, Error> {
     cancel.check()?;
     let source = Source::open(source, options)?;
-    let mut stage = Stage::create(target)?;
-    let _low = cancel.lower_current_thread(options.background);
+    let stage = Stage::create(target)?;
     let team = Team {
         threads: options.threads,
         background: options.background,
         cancel,
     };
     let started = Instant::now();
-    source.pack(&mut stage, options, team, progress)?;
+    stage.write_behind(team, |filled| {
+        source.pack(&stage, filled, options, team, progress)
+    })?;
     source.check_unchanged()?;
     let convert = started.elapsed();
-    stage.sync(cancel, progress)?;
+    stage.sync(team, progress)?;
     let sync = started.elapsed() - convert;
     let artefact = Artefact::new(&stage.file, target)?;
     artefact.verify(team, progress)?;
@@ -108,7 +106,8 @@ impl<'a> Source<'a> {
     /// All frames and the end, into the stage file.
     fn pack(
         &self,
-        stage: &mut Stage,
+        stage: &Stage,
+        filled: &mut Filled,
         options: CompressOptions,
         team: Team<'_>,
         progress: &mut dyn FnMut(Progress),
@@ -129,7 +128,6 @@ impl<'a> Source<'a> {
         let spare = || spare.lock().unwrap_or_else(PoisonError::into_inner);
         let mut table = TableWriter::new(options.codec, chunk_size, total);
         let mut written = 0;
-        let mut started = 0;
         pool::run(
             format::chunk_count(total, chunk_size),
             team,
@@ -164,17 +162,13 @@ impl<'a> Source<'a> {
                         zero,
                     } => (bytes, *checksum, *zero),
                 };
-                stage
-                    .file
+                (&stage.file)
                     .write_all(frame)
                     .map_err(Error::io("write", &stage.path))?;
                 // A frame is a little over 4 MiB at most.
                 table.push(frame.len() as u32, checksum, zero);
                 written += frame.len() as u64;
-                if written - started >= WRITEBACK_STEP {
-                    stage.start_writeback(started, written - started)?;
-                    started = written;
-                }
+                filled.up_to(written);
                 if let Packed::Frame { bytes, .. } = packed {
                     spare().push(bytes);
                 }
@@ -186,8 +180,7 @@ impl<'a> Source<'a> {
                 Ok(())
             },
         )?;
-        stage
-            .file
+        (&stage.file)
             .write_all(&table.finish())
             .map_err(Error::io("write", &stage.path))
     }

@@ -8,11 +8,8 @@ use crate::{
     options::{DecompressOptions, Phase, Progress, Report, Timings},
     pool::{self, Team},
     sparse,
-    stage::Stage,
+    stage::{Filled, Stage},
 };
-
-/// Bytes of the raw file after which the disk is told to begin.
-const WRITEBACK_STEP: u64 = 16 << 20;
 
 /// Decompresses the artefact `source` into `target`, which must not exist.
 ///
@@ -34,16 +31,17 @@ pub fn decompress_file(
     cancel.check()?;
     let artefact = Artefact::open(source)?;
     let stage = Stage::create(target)?;
-    let _low = cancel.lower_current_thread(options.background);
     let team = Team {
         threads: options.threads,
         background: options.background,
         cancel,
     };
     let started = Instant::now();
-    unpack(&artefact, &stage, team, progress)?;
+    stage.write_behind(team, |filled| {
+        unpack(&artefact, &stage, filled, team, progress)
+    })?;
     let convert = started.elapsed();
-    stage.sync(cancel, progress)?;
+    stage.sync(team, progress)?;
     let sync = started.elapsed() - convert;
     read_back(&artefact, &stage, target, team, progress)?;
     let report = Report {
@@ -62,6 +60,7 @@ pub fn decompress_file(
 fn unpack(
     artefact: &Artefact<File>,
     stage: &Stage,
+    filled: &mut Filled,
     team: Team<'_>,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<(), Error> {
@@ -72,7 +71,6 @@ fn unpack(
         .file
         .set_len(total)
         .map_err(Error::io("set the size of", &stage.path))?;
-    let mut started = 0;
     pool::run(
         table.entries.len() as u64,
         team,
@@ -84,10 +82,7 @@ fn unpack(
         },
         |index, ()| {
             let done = total.min((index + 1) * chunk);
-            if done - started >= WRITEBACK_STEP {
-                stage.start_writeback(started, done - started)?;
-                started = done;
-            }
+            filled.up_to(done);
             progress(Progress {
                 phase: Phase::Convert,
                 done,

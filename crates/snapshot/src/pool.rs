@@ -135,7 +135,8 @@ impl<T> Drop for Witness<'_, T> {
 }
 
 /// Does jobs 0 to `jobs` with `work`, each worker with its own `make()`, and gives the results in order
-/// to `consume` on the calling thread.
+/// to `consume` on the calling thread. In the background all of them have a low priority meanwhile; call it
+/// with an ordinary one.
 ///
 /// # Errors
 /// The first of `make`, `work` or `consume`, or [`Error::Cancelled`].
@@ -192,6 +193,9 @@ pub fn run<W, T: Send>(
                 }
             }
         }
+        // Not before: a thread begins with its maker's priority. It would be too low to register with the
+        // cancel flag in time, and would take that priority for the one to give back.
+        let _low = team.cancel.lower_current_thread(team.background);
         if outcome.is_ok() {
             outcome = (0..jobs).try_for_each(|job| {
                 let result = shared.receive(job)?;
@@ -250,6 +254,50 @@ mod tests {
         )
         .unwrap();
         assert_eq!(seen, (0..500).map(|i| (i, i * 2)).collect::<Vec<_>>());
+    }
+
+    /// Scheduling policy of this thread: field 41 of its stat (`proc_pid_stat(5)`), counted after the name.
+    fn policy() -> u32 {
+        let stat = std::fs::read_to_string("/proc/thread-self/stat").unwrap();
+        let after_name = stat.rsplit_once(')').unwrap().1;
+        let field = after_name.split_whitespace().nth(41 - 3);
+        field.unwrap().parse().unwrap()
+    }
+
+    #[test]
+    fn background_ends_for_everybody_with_a_cancel() {
+        let normal = policy();
+        let low = {
+            let alone = Cancel::new();
+            let _low = alone.lower_current_thread(true);
+            policy()
+        };
+        let cancel = Cancel::new();
+        let team = Team {
+            background: true,
+            ..team(&cancel, 2)
+        };
+        let seen = Mutex::new(Vec::new());
+        let outcome = run(
+            100,
+            team,
+            || Ok(()),
+            |(), job| {
+                let before = policy();
+                if job == 10 {
+                    cancel.cancel();
+                }
+                seen.lock().unwrap().push((job, before, policy()));
+                Ok(())
+            },
+            |_, ()| Ok(()),
+        );
+        assert!(matches!(outcome, Err(Error::Cancelled)), "{outcome:?}");
+        let seen = seen.into_inner().unwrap();
+        assert!(seen.iter().any(|(_, before, ..)| *before == low));
+        let (.., after) = seen.iter().find(|(job, ..)| *job == 10).unwrap();
+        assert_eq!(*after, normal, "{seen:?}");
+        assert_eq!(policy(), normal);
     }
 
     #[test]

@@ -3,9 +3,14 @@ use std::{
     ffi::OsString,
     fs::{self, File, OpenOptions},
     io,
+    ops::Range,
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        atomic::{AtomicBool, AtomicU64, Ordering},
+        mpsc,
+    },
+    thread,
 };
 
 use doze_host::{background, files};
@@ -15,10 +20,31 @@ use crate::{
     cancel::Cancel,
     error::Error,
     options::{Phase, Progress},
+    pool::Team,
 };
 
 /// Given to the disk at once: an idle disk is through with it in well under 50 ms.
 const SYNC_STEP: u64 = 4 << 20;
+
+/// How far a stage file is filled, for [`Stage::write_behind`].
+#[derive(Debug)]
+pub struct Filled {
+    ranges: mpsc::Sender<Range<u64>>,
+    end: u64,
+    told: u64,
+}
+
+impl Filled {
+    /// Everything before `end` is complete; never less than before.
+    pub fn up_to(&mut self, end: u64) {
+        self.end = end;
+        if self.end - self.told >= SYNC_STEP {
+            // Nobody listens after an error; whoever joins the thread hears of it.
+            let _heard_at_the_end = self.ranges.send(self.told..self.end);
+            self.told = self.end;
+        }
+    }
+}
 
 /// Removed when dropped, unless [`Stage::commit`] was reached.
 #[derive(Debug)]
@@ -73,14 +99,67 @@ impl Stage {
         })
     }
 
-    /// Lets the disk begin with what was written, so that [`Self::sync`] finds little to wait for.
-    pub fn start_writeback(&self, offset: u64, length: u64) -> Result<(), Error> {
-        background::start_writeback(&self.file, offset, length)
-            .map_err(Error::io("write out", &self.path))
+    /// Runs `work`, while a thread of its own lets the disk write what [`Filled`] is told is complete, so that
+    /// [`Self::sync`] finds little to wait for. `work` itself never waits for the disk.
+    pub fn write_behind<T>(
+        &self,
+        team: Team<'_>,
+        work: impl FnOnce(&mut Filled) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let (ranges, complete) = mpsc::channel();
+        let enough = AtomicBool::new(false);
+        let over = || enough.load(Ordering::Relaxed) || team.cancel.is_cancelled();
+        thread::scope(|scope| {
+            let writer = thread::Builder::new()
+                .name("snapshot-codec".to_owned())
+                .spawn_scoped(scope, || {
+                    let _low = team.cancel.lower_current_thread(team.background);
+                    self.write_out(complete, over)
+                })
+                .map_err(|source| Error::Threads {
+                    step: "start a thread that writes out",
+                    source,
+                })?;
+            let mut filled = Filled {
+                ranges,
+                end: 0,
+                told: 0,
+            };
+            let outcome = work(&mut filled);
+            // What is left is for the sync, which can say how far it is.
+            enough.store(true, Ordering::Relaxed);
+            drop(filled);
+            let written = writer.join().map_err(|_| Error::Worker)?;
+            outcome.and_then(|result| written.map(|()| result))
+        })
+    }
+
+    /// With two ranges in flight the disk is never idle, and a cancel never has more to wait for.
+    fn write_out(
+        &self,
+        complete: mpsc::Receiver<Range<u64>>,
+        over: impl Fn() -> bool,
+    ) -> Result<(), Error> {
+        let failed = || Error::io("write out", &self.path);
+        let mut last: Option<Range<u64>> = None;
+        for range in complete {
+            if over() {
+                break;
+            }
+            let length = range.end - range.start;
+            background::start_writeback(&self.file, range.start, length).map_err(failed())?;
+            if let Some(last) = last.replace(range) {
+                let length = last.end - last.start;
+                background::finish_writeback(&self.file, last.start, length).map_err(failed())?;
+            }
+        }
+        Ok(())
     }
 
     /// All content durable. In steps, because one fsync of a whole memory cannot be cancelled.
-    pub fn sync(&self, cancel: &Cancel, progress: &mut dyn FnMut(Progress)) -> Result<(), Error> {
+    pub fn sync(&self, team: Team<'_>, progress: &mut dyn FnMut(Progress)) -> Result<(), Error> {
+        let cancel = team.cancel;
+        let _low = cancel.lower_current_thread(team.background);
         let total = self
             .file
             .metadata()
