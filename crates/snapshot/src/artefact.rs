@@ -283,6 +283,22 @@ impl<R: ReadAt> ChunkReader<'_, R> {
         Ok(None)
     }
 
+    /// As [`Self::read`], but the content is given away and a buffer from `spare` takes its place.
+    pub(crate) fn take(
+        &mut self,
+        index: u64,
+        spare: impl FnOnce() -> Vec<u8>,
+    ) -> Result<Option<Vec<u8>>, Error> {
+        let Some(length) = self.read(index)?.map(<[u8]>::len) else {
+            return Ok(None);
+        };
+        let mut empty = spare();
+        empty.resize(self.artefact.table.chunk_size.len(), 0);
+        let mut raw = std::mem::replace(&mut self.raw, empty);
+        raw.truncate(length);
+        Ok(Some(raw))
+    }
+
     fn ends_with(&self, checksum: u32) -> bool {
         self.frame.ends_with(&checksum.to_le_bytes())
     }

@@ -1,5 +1,10 @@
 //! An artefact back to a raw file, holes as holes.
-use std::{fs::File, path::Path, time::Instant};
+use std::{
+    fs::File,
+    path::Path,
+    sync::{Mutex, PoisonError},
+    time::Instant,
+};
 
 use crate::{
     artefact::{self, Artefact},
@@ -56,7 +61,8 @@ pub fn decompress_file(
     Ok(report)
 }
 
-/// Every worker writes its chunks where they belong; nothing needs an order.
+/// Workers decode, the calling thread writes, in order. The kernel lets nobody else write to a file that somebody
+/// writes to, so workers that wrote would wait for each other instead of decoding.
 fn unpack(
     artefact: &Artefact<File>,
     stage: &Stage,
@@ -71,16 +77,20 @@ fn unpack(
         .file
         .set_len(total)
         .map_err(Error::io("set the size of", &stage.path))?;
+    // Chunks that were written, for the workers to use again.
+    let spare = Mutex::new(Vec::<Vec<u8>>::new());
+    let spare = || spare.lock().unwrap_or_else(PoisonError::into_inner);
     pool::run(
         table.entries.len() as u64,
         team,
         || artefact.reader(),
-        |reader, index| match reader.read(index)? {
-            None => Ok(()),
-            Some(raw) => sparse::write(&stage.file, index * chunk, raw)
-                .map_err(Error::io("write", &stage.path)),
-        },
-        |index, ()| {
+        |reader, index| reader.take(index, || spare().pop().unwrap_or_default()),
+        |index, raw| {
+            if let Some(raw) = raw {
+                sparse::write(&stage.file, index * chunk, &raw)
+                    .map_err(Error::io("write", &stage.path))?;
+                spare().push(raw);
+            }
             let done = total.min((index + 1) * chunk);
             filled.up_to(done);
             progress(Progress {
