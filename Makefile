@@ -6,7 +6,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 # Beside the tests it runs only when asked for: make campaign ROUNDS=10 (a round takes about 20 minutes on 2 cores)
 ROUNDS ?= 3
 
-.PHONY: help demo test campaign build bench lint fmt clean setup
+.PHONY: help demo test campaign fuzz build bench lint fmt clean setup
 
 help: ## What there is
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20
@@ -24,12 +24,15 @@ campaign: ## All kill -9, power loss, fault and property tests for ROUNDS rounds
 	@$(MAKE) --no-print-directory build
 	@scripts/campaign.sh $(ROUNDS)
 
+fuzz: ## What is read from compressed memory, 10 minutes each of input nobody would write; needs nightly and cargo-fuzz
+	@scripts/fuzz.sh
+
 build: ## target/release/doze, guest program inside
 	@scripts/setup.sh packages
 	cargo build --release --locked -p doze
 	@echo "built $(TARGET)/release/doze"
 
-bench: ## Boot time and the server's footprint, beside machine model and core count
+bench: ## Boot, standby, copies, the server's footprint, connection tracking, and the codec beside zstd and lz4
 	@scripts/setup.sh packages kernel image
 	@$(MAKE) --no-print-directory build
 	@scripts/bench.sh

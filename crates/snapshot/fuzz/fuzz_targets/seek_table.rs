@@ -1,10 +1,12 @@
 //! Any bytes as an artefact's end, once as they are and once with the checksums made right, so that the
 //! checks behind them are reached too. Then every chunk is asked for.
 #![no_main]
+mod budget;
+
 use std::path::Path;
 
 use doze_snapshot::{
-    Artefact,
+    Artefact, ChunkSize,
     format::{FOOTER, Tail},
 };
 use libfuzzer_sys::fuzz_target;
@@ -54,6 +56,7 @@ fn mended(bytes: &[u8]) -> Option<Vec<u8>> {
 }
 
 fuzz_target!(|bytes: &[u8]| {
+    let read = |bytes: &[u8]| budget::within(bytes.len(), ChunkSize::MAX.bytes(), || read(bytes));
     read(bytes);
     if let Some(bytes) = mended(bytes) {
         read(&bytes);

@@ -1,15 +1,19 @@
 //! Prints, as Markdown, how long a create takes to `Running`, how long standby, restore, snapshots and forks take, and what
 //! 1,000 stopped instances cost the server, beside machine model and core count. Run it on an otherwise idle machine:
 //! `cargo run --release -p doze-e2e --bin bench`.
+//!
+//! `bench codec-inputs FOLDER` measures nothing: it makes the files that the memory codec is measured with.
 use std::{
+    env,
     ffi::OsStr,
     fs,
+    path::Path,
     process::ExitCode,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use doze_e2e::{
     Api, World,
     preflight::Tools,
@@ -20,6 +24,7 @@ use doze_e2e::{
 use serde_json::json;
 
 mod auto_standby;
+mod codec_inputs;
 mod compression;
 mod copies;
 mod standby;
@@ -29,22 +34,47 @@ const SEEDED: usize = 1_000;
 const READS: usize = 500;
 
 fn main() -> ExitCode {
-    sandbox::enter(|sandbox| match bench(sandbox) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            eprintln!("bench: {e:#}");
-            ExitCode::FAILURE
+    sandbox::enter(|sandbox| {
+        let arguments: Vec<_> = env::args_os().skip(1).collect();
+        let outcome = match arguments.as_slice() {
+            [] => bench(sandbox),
+            [what, folder] if what == "codec-inputs" => codec_inputs(sandbox, Path::new(folder)),
+            other => Err(anyhow!(
+                "{other:?}; known are no argument, and codec-inputs FOLDER"
+            )),
+        };
+        match outcome {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(e) => {
+                eprintln!("bench: {e:#}");
+                ExitCode::FAILURE
+            }
         }
+    })
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .worker_threads(2)
+        .build()
+        .context("runtime")
+}
+
+fn codec_inputs(sandbox: Sandbox, folder: &Path) -> Result<()> {
+    let tools = Arc::new(Tools::find()?);
+    runtime()?.block_on(async {
+        let options = WorldOptions::default();
+        let world = World::new(tools, Arc::new(sandbox), "codec", &options)?;
+        let made = codec_inputs::make(&world, folder).await;
+        world.tear_down().await?;
+        made
     })
 }
 
 fn bench(sandbox: Sandbox) -> Result<()> {
     let tools = Arc::new(Tools::find()?);
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .worker_threads(2)
-        .build()?;
-    runtime.block_on(async {
+    runtime()?.block_on(async {
         print_machine()?;
         println!("| request to `Running`, 256 MiB | median | p90 | worst |\n|---|---|---|---|");
         let sandbox = Arc::new(sandbox);
