@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 TARGET := $(or $(CARGO_TARGET_DIR),target)
-# Beside the tests it runs only when asked for: make campaign ROUNDS=10 (a round takes about an hour on 2 cores)
+# Beside the tests it runs only when asked for: make campaign ROUNDS=10 (a round takes half an hour and more on 2 cores)
 ROUNDS ?= 3
 
 .PHONY: help demo test campaign fuzz build bench lint fmt clean setup
