@@ -47,23 +47,25 @@ struct State<T> {
     ready: Vec<Option<T>>,
     failure: Option<Error>,
     stop: bool,
+    /// Workers that wait for room. Nobody is woken who does not wait, and nobody for what is not for them: with
+    /// chunks of zeros a job is less work than a wake-up.
+    waiting: usize,
+    /// What the consumer waits for.
+    wanted: Option<u64>,
 }
 
 struct Shared<T> {
     jobs: u64,
     state: Mutex<State<T>>,
-    changed: Condvar,
+    /// There is room for one more result.
+    room: Condvar,
+    /// The result that the consumer waits for is there.
+    result: Condvar,
 }
 
 impl<T> Shared<T> {
     fn lock(&self) -> MutexGuard<'_, State<T>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn wait<'a>(&self, state: MutexGuard<'a, State<T>>) -> MutexGuard<'a, State<T>> {
-        self.changed
-            .wait(state)
-            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn stop(&self, failure: Option<Error>) {
@@ -72,7 +74,8 @@ impl<T> Shared<T> {
         if state.failure.is_none() {
             state.failure = failure;
         }
-        self.changed.notify_all();
+        self.room.notify_all();
+        self.result.notify_all();
     }
 
     fn slot(state: &State<T>, job: u64) -> usize {
@@ -92,7 +95,9 @@ impl<T> Shared<T> {
                 state.next += 1;
                 return Some(job);
             }
-            state = self.wait(state);
+            state.waiting += 1;
+            state = (self.room.wait(state)).unwrap_or_else(PoisonError::into_inner);
+            state.waiting -= 1;
         }
     }
 
@@ -100,7 +105,11 @@ impl<T> Shared<T> {
         let mut state = self.lock();
         let slot = Self::slot(&state, job);
         state.ready[slot] = Some(result);
-        self.changed.notify_all();
+        let wanted = state.wanted == Some(job);
+        drop(state);
+        if wanted {
+            self.result.notify_one();
+        }
     }
 
     fn receive(&self, job: u64) -> Result<T, Error> {
@@ -111,15 +120,22 @@ impl<T> Shared<T> {
             }
             let slot = Self::slot(&state, job);
             if let Some(result) = state.ready[slot].take() {
+                state.wanted = None;
                 return Ok(result);
             }
-            state = self.wait(state);
+            state.wanted = Some(job);
+            state = (self.result.wait(state)).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
     fn consumed(&self, jobs: u64) {
-        self.lock().consumed = jobs;
-        self.changed.notify_all();
+        let mut state = self.lock();
+        state.consumed = jobs;
+        let waiting = state.waiting > 0;
+        drop(state);
+        if waiting {
+            self.room.notify_one();
+        }
     }
 }
 
@@ -158,8 +174,11 @@ pub fn run<W, T: Send>(
                 .collect(),
             failure: None,
             stop: false,
+            waiting: 0,
+            wanted: None,
         }),
-        changed: Condvar::new(),
+        room: Condvar::new(),
+        result: Condvar::new(),
     };
     let worker = || {
         let _witness = Witness(&shared);
