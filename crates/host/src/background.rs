@@ -30,7 +30,19 @@ pub struct Lowered {
 /// # Errors
 /// What the system calls say; the thread is then as it was.
 pub fn lower_current_thread() -> io::Result<Lowered> {
-    let thread = rustix::thread::gettid().as_raw_nonzero().get();
+    lower_thread(current_thread())
+}
+
+/// The number of the calling thread, for [`lower_thread`].
+pub fn current_thread() -> i32 {
+    rustix::thread::gettid().as_raw_nonzero().get()
+}
+
+/// As [`lower_current_thread`], for another thread of this process, which must not end meanwhile.
+///
+/// # Errors
+/// What the system calls say; the thread is then as it was.
+pub fn lower_thread(thread: i32) -> io::Result<Lowered> {
     let before = io_priority(thread)?;
     set_io_priority(thread, IOPRIO_CLASS_IDLE << IOPRIO_CLASS_SHIFT)?;
     let mut lowered = Lowered {

@@ -1,10 +1,11 @@
 //! Stopping a call from another thread.
 use std::{
-    fmt,
+    fmt, io,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
+    thread::{self, Builder},
 };
 
 use doze_host::background::{self, Lowered};
@@ -54,26 +55,40 @@ impl Cancel {
 
     /// Lowers the calling thread until the guard goes or [`Self::cancel`] is called. A thread whose
     /// priority cannot be lowered works on as it is: later is worse than impolite.
+    ///
+    /// A helper with an ordinary priority does it, while the calling thread waits. A thread that lowered itself
+    /// may not run again for long where others want the core, and must neither be unknown to the flag by then
+    /// nor hold its lock.
     pub(crate) fn lower_current_thread(&self, background: bool) -> Option<LoweredGuard<'_>> {
         if !background {
             return None;
         }
-        let lowered = match background::lower_current_thread() {
-            Ok(lowered) => Arc::new(lowered),
+        let thread = background::current_thread();
+        let lower = || {
+            let mut threads = self.lowered();
+            if self.is_cancelled() {
+                return Ok(None);
+            }
+            let lowered = Arc::new(background::lower_thread(thread)?);
+            threads.push(lowered.clone());
+            Ok(Some(lowered))
+        };
+        let outcome: io::Result<_> = thread::scope(|scope| {
+            let helper = Builder::new()
+                .name("snapshot-codec".to_owned())
+                .spawn_scoped(scope, lower)?;
+            (helper.join()).map_err(|_| io::Error::other("the helper panicked"))?
+        });
+        match outcome {
+            Ok(lowered) => lowered.map(|lowered| LoweredGuard {
+                cancel: self,
+                lowered,
+            }),
             Err(error) => {
                 tracing::warn!(%error, "cannot lower a worker's priority; it works with the normal one");
-                return None;
+                None
             }
-        };
-        let mut threads = self.lowered();
-        threads.push(lowered.clone());
-        if self.is_cancelled() {
-            give_back(&lowered);
         }
-        Some(LoweredGuard {
-            cancel: self,
-            lowered,
-        })
     }
 
     fn lowered(&self) -> MutexGuard<'_, Vec<Arc<Lowered>>> {
@@ -104,10 +119,11 @@ pub(crate) struct LoweredGuard<'a> {
 
 impl Drop for LoweredGuard<'_> {
     fn drop(&mut self) {
-        // Out of the list first, under its lock: from here on nobody else touches this thread's number.
+        // Before the lock is taken: whoever cancels must not wait for somebody who never runs.
+        give_back(&self.lowered);
+        // From here on nobody else touches this thread's number.
         self.cancel
             .lowered()
             .retain(|thread| !Arc::ptr_eq(thread, &self.lowered));
-        give_back(&self.lowered);
     }
 }
