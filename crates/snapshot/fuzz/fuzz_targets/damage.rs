@@ -210,7 +210,11 @@ fuzz_target!(|input: &[u8]| {
         mended |= step(&mut bytes, &mut choices);
     }
     // The test's own comparison with a chunk of zeros counts too.
-    let comparison = if mended { ChunkSize::MAX.bytes() as usize } else { 0 };
+    let comparison = if mended {
+        ChunkSize::MAX.bytes() as usize
+    } else {
+        0
+    };
     budget::within(bytes.len() + comparison, ChunkSize::MAX.bytes(), || {
         read(&bytes, mended);
     });
