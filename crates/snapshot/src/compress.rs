@@ -23,7 +23,8 @@ use crate::{
 ///
 /// On success the artefact is complete, read back, checked and durable under its name, and `source` was
 /// the same at the end as at the beginning. Otherwise there is nothing, and `source` was only read.
-/// Blocks; returns only when none of its threads is left. `progress` is called on this thread.
+/// Blocks; returns only when none of its threads reads or writes any more; the space of an unfinished file is
+/// given back soon after. `progress` is called on this thread.
 ///
 /// # Errors
 /// [`Error::Cancelled`] soon after [`Cancel::cancel`], unless the artefact got its name just before: then

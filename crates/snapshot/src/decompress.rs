@@ -20,7 +20,8 @@ use crate::{
 ///
 /// On success the raw file is complete, read back, checked and durable under its name; pages of zeros are
 /// holes. Otherwise there is nothing, and `source` was only read. Blocks; returns only when none of its
-/// threads is left. `progress` is called on this thread.
+/// threads reads or writes any more; the space of an unfinished file is given back soon after. `progress` is
+/// called on this thread.
 ///
 /// # Errors
 /// [`Error::Chunk`] and [`Error::Format`] for a damaged artefact; [`Error::Cancelled`] soon after

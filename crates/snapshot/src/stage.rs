@@ -54,6 +54,8 @@ pub struct Stage {
     target: PathBuf,
     folder: PathBuf,
     renamed: bool,
+    /// Whoever closes an unfinished file for us waits for its end. Dropped after `file`, as it stands after it.
+    closer: Option<mpsc::Sender<()>>,
 }
 
 impl Stage {
@@ -96,6 +98,7 @@ impl Stage {
             target: target.to_owned(),
             folder,
             renamed: false,
+            closer: None,
         })
     }
 
@@ -199,6 +202,22 @@ impl Stage {
         self.renamed = true;
         Ok(())
     }
+
+    /// Whoever closes a file without a name gives its space back, and waits until the disk has what is under way:
+    /// for a few hundred MiB longer than a cancel may take. So a thread of its own holds it a little longer than we
+    /// do. Space that a call which came to nothing has used is therefore free soon after its return.
+    fn close_elsewhere(&self) -> io::Result<mpsc::Sender<()>> {
+        let file = self.file.try_clone()?;
+        let (closer, closed_here) = mpsc::channel();
+        thread::Builder::new()
+            .name("snapshot-codec".to_owned())
+            .spawn(move || {
+                // Nothing is ever sent: it ends when the sender goes.
+                let _gone = closed_here.recv();
+                drop(file);
+            })?;
+        Ok(closer)
+    }
 }
 
 impl Drop for Stage {
@@ -208,6 +227,10 @@ impl Drop for Stage {
         }
         if let Err(error) = fs::remove_file(&self.path) {
             tracing::warn!(path = %self.path.display(), %error, "cannot remove an unfinished file");
+        }
+        match self.close_elsewhere() {
+            Ok(closer) => self.closer = Some(closer),
+            Err(error) => tracing::debug!(%error, "an unfinished file is closed by whoever made it"),
         }
     }
 }

@@ -17,6 +17,8 @@ use crate::{
 const RECOVERY: usize = 20;
 /// For a crash to take place.
 const ATTEMPTS: usize = 5;
+/// One in so many runs of scenarios with two commands may pass its step by in all attempts.
+const PASSED_BY: usize = 50;
 
 /// One run.
 #[derive(Debug, Clone)]
@@ -255,11 +257,28 @@ fn a_crash_at_any_step_loses_nothing() {
     let jobs = jobs(&scenarios, &dry);
     let all = on_all_cores(&jobs, |job| runs(&scenarios[job.scenario], job));
     let all: Vec<(Job, Found)> = all.into_iter().flatten().collect();
+    let (mut races, mut passed_by) = (0, Vec::new());
     for (job, found) in &all {
-        let name = scenarios[job.scenario].name;
+        let scenario = &scenarios[job.scenario];
+        let name = scenario.name;
         reached.extend(found.points.iter().map(|point| point.name()));
         report.add(name, found.faults.clone(), job);
-        if !found.crashed {
+        races += usize::from(scenario.then.is_some());
+        if found.crashed {
+            continue;
+        }
+        // How far the first command comes before the second one is for their race to say: the dry run
+        // may have gone further than any attempt.
+        if scenario.then.is_some() {
+            println!("passed by: {name}: {job}");
+            passed_by.push((name, job));
+        } else {
+            let missed = "the crash did not take place".to_owned();
+            report.add(name, vec![missed], job);
+        }
+    }
+    if passed_by.len() > 1 + races / PASSED_BY {
+        for (name, job) in passed_by {
             let missed = "the crash did not take place".to_owned();
             report.add(name, vec![missed], job);
         }
