@@ -19,6 +19,8 @@ use crate::{World, world::WorldOptions};
 
 /// Groups that run at the same time: emulated guests need a core each.
 const WORKERS: usize = 2;
+/// And one more of those that mostly wait.
+const CALM_WORKERS: usize = 1;
 
 type Body = Box<dyn for<'a> Fn(&'a World) -> BoxFuture<'a, Result<()>> + Send + Sync>;
 
@@ -61,6 +63,38 @@ pub struct Group {
     pub name: String,
     pub options: WorldOptions,
     pub cases: Vec<Case>,
+    /// Its cases mostly wait for time to pass: it may run beside the two that keep the cores busy.
+    pub calm: bool,
+}
+
+impl Group {
+    /// Named after both, on a server whose instances run on that hypervisor.
+    pub fn on(hypervisor: &str, suffix: &str, cases: Vec<Case>) -> Self {
+        Self {
+            name: format!("{hypervisor}{suffix}"),
+            options: WorldOptions {
+                hypervisor: hypervisor.to_owned(),
+                ..WorldOptions::default()
+            },
+            cases,
+            calm: false,
+        }
+    }
+
+    #[must_use]
+    pub fn calm(self) -> Self {
+        Self { calm: true, ..self }
+    }
+}
+
+/// The next group for a worker: the calm one takes no others, and the others take calm ones last.
+fn next(groups: &Mutex<VecDeque<Group>>, calm: bool) -> Option<Group> {
+    let mut groups = groups.lock().unwrap_or_else(PoisonError::into_inner);
+    match groups.iter().position(|group| group.calm == calm) {
+        Some(at) => groups.remove(at),
+        None if calm => None,
+        None => groups.pop_front(),
+    }
 }
 
 #[derive(Default)]
@@ -152,15 +186,14 @@ where
     let queue = Arc::new(Mutex::new(VecDeque::from(groups)));
     let tally = Arc::new(Mutex::new(Tally::default()));
     let world = Arc::new(world);
-    let workers = (0..WORKERS).map(|_| {
+    let kinds = [(false, WORKERS), (true, CALM_WORKERS)];
+    let kinds = kinds
+        .into_iter()
+        .flat_map(|(calm, workers)| std::iter::repeat_n(calm, workers));
+    let workers = kinds.map(|calm| {
         let (queue, tally, world) = (queue.clone(), tally.clone(), world.clone());
         tokio::spawn(async move {
-            loop {
-                let next = queue
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .pop_front();
-                let Some(group) = next else { break };
+            while let Some(group) = next(&queue, calm) {
                 run_group(group, &*world, &tally).await;
             }
         })

@@ -7,7 +7,6 @@ use doze_e2e::{
     Api, Case, Group, Sample, World,
     phases::{now_ms, parse_time},
     redis::Redis,
-    world::WorldOptions,
 };
 use http::Method;
 use serde_json::{Value, json};
@@ -27,24 +26,20 @@ const TIMEOUT: Duration = Duration::from_secs(4);
 const PATIENCE: Duration = Duration::from_secs(90);
 
 pub fn groups(sample: &Sample) -> Vec<Group> {
-    let group = |hypervisor: &str, suffix: &str, cases: Vec<Case>| Group {
-        name: format!("{hypervisor}-auto-standby{suffix}"),
-        options: WorldOptions {
-            hypervisor: hypervisor.to_owned(),
-            ..WorldOptions::default()
-        },
-        cases: cases.into_iter().map(patient).collect(),
+    let group = |hypervisor: &str, suffix: &str, cases: Vec<Case>| {
+        let cases = cases.into_iter().map(patient).collect();
+        Group::on(hypervisor, &format!("-auto-standby{suffix}"), cases)
     };
     let mut all = wakefulness::cases();
     all.extend(policy::cases());
     let mut restarts = restart::cases();
     restarts.extend(faults::cases());
     vec![
-        group("qemu-microvm", "", all),
-        group("qemu", "", wakefulness::cases()),
-        group("qemu-microvm", "-restart", restarts),
+        group("qemu-microvm", "", all).calm(),
+        group("qemu", "", wakefulness::cases()).calm(),
+        group("qemu-microvm", "-restart", restarts).calm(),
         group("qemu-microvm", "-boundary", boundary::cases(sample)),
-        group("qemu-microvm", "-sdk", sdk::cases()),
+        group("qemu-microvm", "-sdk", sdk::cases()).calm(),
     ]
 }
 

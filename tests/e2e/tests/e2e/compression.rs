@@ -15,7 +15,6 @@ use doze_e2e::{
     Api, Case, Group, Sample, Witness, World, checks,
     compression::{balanced, forms},
     exec,
-    world::WorldOptions,
 };
 use serde_json::{Value, json};
 
@@ -43,14 +42,8 @@ pub fn groups(sample: &Sample) -> Vec<Group> {
 
 fn group(board: &str, name: &str, cases: Vec<Case>) -> Group {
     let patient = |case: Case| case.deadline(Duration::from_secs(1800));
-    Group {
-        name: format!("{board}-{name}"),
-        options: WorldOptions {
-            hypervisor: board.to_owned(),
-            ..WorldOptions::default()
-        },
-        cases: cases.into_iter().map(patient).collect(),
-    }
+    let cases = cases.into_iter().map(patient).collect();
+    Group::on(board, &format!("-{name}"), cases)
 }
 
 /// A way to compress.

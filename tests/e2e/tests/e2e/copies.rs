@@ -14,7 +14,6 @@ use doze_e2e::{
     Api, Case, Group, World, checks,
     disk::{Disk, Kind},
     exec,
-    world::WorldOptions,
 };
 use serde_json::Value;
 
@@ -38,17 +37,9 @@ pub fn groups() -> Vec<Group> {
             cases.extend(matrix::cases());
             cases.extend(moving::cases());
             cases.extend(keeping::cases());
-            groups.push(Group {
-                name: format!("{board}{place}"),
-                options: WorldOptions {
-                    hypervisor: board.to_owned(),
-                    ..WorldOptions::default()
-                },
-                cases: cases
-                    .into_iter()
-                    .map(|case: Case| case.deadline(Duration::from_secs(300)))
-                    .collect(),
-            });
+            let patient = |case: Case| case.deadline(Duration::from_secs(300));
+            let cases = cases.into_iter().map(patient).collect();
+            groups.push(Group::on(board, place, cases));
         }
     }
     groups

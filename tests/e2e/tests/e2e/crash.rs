@@ -9,9 +9,7 @@
 use std::{process::Command, time::Duration};
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
-use doze_e2e::{
-    Api, Case, Group, World, checks, exec, preflight::Tools, procs, world::WorldOptions,
-};
+use doze_e2e::{Api, Case, Group, World, checks, exec, preflight::Tools, procs};
 use serde_json::json;
 
 use crate::{crash_compression, crash_copies, crash_standby};
@@ -134,14 +132,8 @@ fn group<'a>(
             Box::pin(async move { crash(world, operation, &point).await })
         })
     };
-    Group {
-        name: format!("{hypervisor}-kill9-{}", operation.name()),
-        options: WorldOptions {
-            hypervisor: hypervisor.to_owned(),
-            ..WorldOptions::default()
-        },
-        cases: points.map(case).collect(),
-    }
+    let suffix = format!("-kill9-{}", operation.name());
+    Group::on(hypervisor, &suffix, points.map(case).collect())
 }
 
 async fn crash(world: &World, operation: Operation, point: &str) -> Result<()> {

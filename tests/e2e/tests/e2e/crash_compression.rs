@@ -13,7 +13,6 @@ use doze_e2e::{
     Api, Case, Group, Sample, Witness, World, checks,
     compression::{balanced, forms, plain_tool_reads, quiet, reaches, snapshot_reaches},
     sample::Random,
-    world::WorldOptions,
 };
 use serde_json::json;
 
@@ -203,14 +202,7 @@ pub fn groups(points: &[String], sample: &Sample) -> Result<Vec<Group>> {
                 .deadline(Duration::from_secs(900)),
             );
         }
-        Group {
-            name: format!("{board}-kill9-compression"),
-            options: WorldOptions {
-                hypervisor: board.to_owned(),
-                ..WorldOptions::default()
-            },
-            cases,
-        }
+        Group::on(board, "-kill9-compression", cases)
     };
     Ok(chosen.into_iter().enumerate().map(group).collect())
 }

@@ -11,7 +11,7 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use doze_e2e::{Api, Case, Group, Sample, Witness, World, checks, world::WorldOptions};
+use doze_e2e::{Api, Case, Group, Sample, Witness, World, checks};
 use serde_json::{Value, json};
 
 use crate::{
@@ -165,21 +165,15 @@ pub fn groups(points: &[String], sample: &Sample) -> Result<Vec<Group>> {
             chosen[random.below(BOARDS.len())].1.push(scenario);
         }
     }
-    let group = |(board, scenarios): (&str, Vec<Scenario>)| Group {
-        name: format!("{board}-kill9-copies"),
-        options: WorldOptions {
-            hypervisor: board.to_owned(),
-            ..WorldOptions::default()
-        },
-        cases: scenarios
-            .into_iter()
-            .map(|scenario| {
-                Case::new(scenario.name(), move |world| {
-                    Box::pin(crash(world, scenario))
-                })
-                .deadline(Duration::from_secs(240))
-            })
-            .collect(),
+    let case = |scenario: Scenario| {
+        Case::new(scenario.name(), move |world| {
+            Box::pin(crash(world, scenario))
+        })
+        .deadline(Duration::from_secs(240))
+    };
+    let group = |(board, scenarios): (&str, Vec<Scenario>)| {
+        let cases = scenarios.into_iter().map(case).collect();
+        Group::on(board, "-kill9-copies", cases)
     };
     Ok(chosen.into_iter().map(group).collect())
 }

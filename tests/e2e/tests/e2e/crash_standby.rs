@@ -11,7 +11,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use doze_e2e::{Api, Case, Group, Sample, Witness, World, checks, procs, world::WorldOptions};
+use doze_e2e::{Api, Case, Group, Sample, Witness, World, checks, procs};
 use http::Method;
 use serde_json::json;
 
@@ -201,14 +201,8 @@ fn group((board, scenarios): (&'static str, Vec<Scenario>)) -> Group {
             Box::pin(crash(world, scenario))
         })
     };
-    Group {
-        name: format!("{board}-kill9-standby"),
-        options: WorldOptions {
-            hypervisor: board.to_owned(),
-            ..WorldOptions::default()
-        },
-        cases: scenarios.into_iter().map(case).collect(),
-    }
+    let cases = scenarios.into_iter().map(case).collect();
+    Group::on(board, "-kill9-standby", cases)
 }
 
 /// The guest that a group's cases share, Running; booted anew when a failed case left it in a bad way.

@@ -1,6 +1,6 @@
 //! End-to-end cases. Each file holds the cases of one subject; this one says which run where.
 //!
-//! Groups run two at a time, each on a server of its own; a group's cases share that server and run
+//! Groups run two at a time, and one more of those that mostly wait, each on a server of its own; a group's cases share that server and run
 //! one after another. Filter by name: `cargo test -p doze-e2e -- qemu-microvm::exec`.
 use std::{process::ExitCode, sync::Arc};
 
@@ -74,16 +74,16 @@ fn groups(points: &[String]) -> Result<Vec<Group>> {
     groups.extend(copies::groups());
     groups.extend(compression::groups(&sample));
     groups.extend(auto_standby::groups(&sample));
+    groups.push(Group::on("qemu-microvm", "-sdk", sdk::cases()));
     for hypervisor in ["qemu", "qemu-microvm"] {
-        groups.push(on(hypervisor, "", shared_cases()));
-        groups.push(on(hypervisor, "-restart", restart::cases()));
-        groups.push(on(hypervisor, "-billing", billing::cases()));
-        groups.push(on(hypervisor, "-standby", standby::cases()));
+        groups.push(Group::on(hypervisor, "", shared_cases()));
+        groups.push(Group::on(hypervisor, "-standby", standby::cases()));
+        groups.push(Group::on(hypervisor, "-restart", restart::cases()));
+        groups.push(Group::on(hypervisor, "-billing", billing::cases()).calm());
     }
-    groups.push(on("qemu-microvm", "-sdk", sdk::cases()));
-    groups.push(on("qemu-microvm", "-bad-input", bad_input::cases()));
-    groups.push(on("qemu-microvm", "-hosts", hosts::cases()));
-    groups.push(on("qemu-microvm", "-cli", cli::cases()));
+    groups.push(Group::on("qemu-microvm", "-bad-input", bad_input::cases()));
+    groups.push(Group::on("qemu-microvm", "-hosts", hosts::cases()));
+    groups.push(Group::on("qemu-microvm", "-cli", cli::cases()));
     Ok(groups)
 }
 
@@ -97,15 +97,4 @@ fn shared_cases() -> Vec<Case> {
     cases.extend(network::cases());
     cases.extend(stateful::cases());
     cases
-}
-
-fn on(hypervisor: &str, suffix: &str, cases: Vec<Case>) -> Group {
-    Group {
-        name: format!("{hypervisor}{suffix}"),
-        options: WorldOptions {
-            hypervisor: hypervisor.to_owned(),
-            ..WorldOptions::default()
-        },
-        cases,
-    }
 }

@@ -4,10 +4,7 @@
 use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, time::Duration};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use doze_e2e::{
-    Case, Group, Reply, Sample, Witness, World, checks, exec, procs, sample::Random,
-    world::WorldOptions,
-};
+use doze_e2e::{Case, Group, Reply, Sample, Witness, World, checks, exec, procs, sample::Random};
 use serde_json::Value;
 
 use crate::crash_standby::{
@@ -23,14 +20,7 @@ pub fn groups(sample: &Sample) -> Vec<Group> {
 }
 
 pub fn group(board: &str, name: &str, cases: Vec<Case>) -> Group {
-    Group {
-        name: format!("{board}-{name}"),
-        options: WorldOptions {
-            hypervisor: board.to_owned(),
-            ..WorldOptions::default()
-        },
-        cases,
-    }
+    Group::on(board, &format!("-{name}"), cases)
 }
 
 fn faults(sample: &Sample) -> Vec<Case> {
