@@ -2,7 +2,9 @@
 //! `memory` (a real guest's, sparse) and `dense`. `make bench` makes them, and calls this.
 //!
 //! Every contender takes its turn in each of RUNS rounds (default 5) after one that is not counted; given are
-//! medians. Inputs are in the page cache, and nobody begins before the disk has what the last one wrote. The
+//! medians. Inputs are in the page cache, and nobody begins before the disk has what the last one wrote. Nor
+//! without free memory that was in use a moment ago: in a virtual machine with free page reporting the host takes
+//! back what is free for two seconds, and whoever writes next pays for its return, up to a second per GiB. The
 //! tools neither sync nor check what they wrote: our conversion alone is the same work as theirs, and what the
 //! aims are about; the whole call, with fsync, read-back and checksums, stands beside it. A tool's time
 //! includes the start of its process.
@@ -14,7 +16,7 @@
 use std::{
     env,
     fs::{self, File},
-    io::Read as _,
+    io::{Read as _, Write as _},
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::atomic::{AtomicBool, Ordering},
@@ -29,6 +31,10 @@ use doze_snapshot::{
 
 const MIB: f64 = (1 << 20) as f64;
 const CANCELS: u32 = 100;
+/// More than any result.
+const FREE_MIB: usize = 1280;
+/// Rounds of the table of chunk sizes, at most.
+const CHUNK_RUNS: usize = 3;
 
 fn main() {
     let mut arguments = env::args_os().skip(1);
@@ -56,7 +62,11 @@ fn main() {
     println!("\n| zstd 1, chunks of | in | MiB | compress | decompress |\n|---|---|---|---|---|");
     for log2 in [16, 18, 20, 22] {
         for input in &inputs {
-            chunk_size(input, ChunkSize::new(1 << log2).unwrap(), runs);
+            chunk_size(
+                input,
+                ChunkSize::new(1 << log2).unwrap(),
+                runs.min(CHUNK_RUNS),
+            );
         }
     }
     println!(
@@ -112,7 +122,19 @@ impl Input {
         }
     }
 
-    /// Nothing of the last run in the way, neither names nor dirty pages.
+    /// Nothing of the last run in the way, neither names nor dirty pages, and free memory at hand.
+    fn ready(&self, names: &[&Path]) {
+        self.clear(names);
+        let path = self.path.with_extension("free");
+        let mut file = File::create(&path).unwrap();
+        let block = vec![1; 1 << 20];
+        for _ in 0..FREE_MIB {
+            file.write_all(&block).unwrap();
+        }
+        drop(file);
+        fs::remove_file(&path).unwrap();
+    }
+
     fn clear(&self, names: &[&Path]) {
         for old in names {
             if old.exists() {
@@ -125,10 +147,10 @@ impl Input {
     /// Compresses and decompresses: both reports, and whether everything came back is the codec's own check.
     fn ours(&self, options: CompressOptions) -> [Report; 2] {
         let quiet = &mut |_| {};
-        self.clear(&[&self.packed, &self.back]);
+        self.ready(&[&self.packed, &self.back]);
         let packing =
             compress_file(&self.path, &self.packed, options, &Cancel::new(), quiet).unwrap();
-        self.clear(&[]);
+        self.ready(&[]);
         let options = DecompressOptions::default();
         let unpacking =
             decompress_file(&self.packed, &self.back, options, &Cancel::new(), quiet).unwrap();
@@ -138,14 +160,14 @@ impl Input {
 
     /// A tool compresses: how long and how large.
     fn tool_packs(&self, algorithm: Algorithm, flags: &[&str]) -> (Duration, u64) {
-        self.clear(&[&self.packed]);
+        self.ready(&[&self.packed]);
         let took = tool(algorithm, flags, &self.path, &self.packed);
         (took, fs::metadata(&self.packed).unwrap().len())
     }
 
     /// And decompresses what was compressed last.
     fn tool_unpacks(&self, algorithm: Algorithm) -> Duration {
-        self.clear(&[&self.back]);
+        self.ready(&[&self.back]);
         let took = tool(algorithm, &["-d"], &self.packed, &self.back);
         self.clear(&[&self.packed, &self.back]);
         took

@@ -230,7 +230,9 @@ impl Drop for Stage {
         }
         match self.close_elsewhere() {
             Ok(closer) => self.closer = Some(closer),
-            Err(error) => tracing::debug!(%error, "an unfinished file is closed by whoever made it"),
+            Err(error) => {
+                tracing::debug!(%error, "an unfinished file is closed by whoever made it")
+            }
         }
     }
 }
