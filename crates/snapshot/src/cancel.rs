@@ -28,14 +28,16 @@ impl Cancel {
         Self::default()
     }
 
-    /// Asks the calls that were given this flag to stop, and gives their threads their priority back, so
-    /// that they get to run and can leave. Does not wait for them: the call itself returns when its last
+    /// Asks the calls that were given this flag to stop, and gives their threads their priority back and a little
+    /// more, so that they get to run and can leave. Does not wait for them: the call itself returns when its last
     /// thread is gone.
     pub fn cancel(&self) {
         // Before the lock is taken: whoever registers after it was released sees the flag.
         self.0.cancelled.store(true, Ordering::SeqCst);
         for thread in self.lowered().iter() {
-            give_back(thread);
+            if let Err(error) = thread.hurry() {
+                tracing::warn!(%error, "cannot give a thread its priority back");
+            }
         }
     }
 
@@ -125,5 +127,9 @@ impl Drop for LoweredGuard<'_> {
         self.cancel
             .lowered()
             .retain(|thread| !Arc::ptr_eq(thread, &self.lowered));
+        if self.cancel.is_cancelled() {
+            // Perhaps it was hurried in between, and would stay so.
+            give_back(&self.lowered);
+        }
     }
 }

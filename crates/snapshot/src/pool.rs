@@ -275,17 +275,25 @@ mod tests {
         assert_eq!(seen, (0..500).map(|i| (i, i * 2)).collect::<Vec<_>>());
     }
 
-    /// Scheduling policy of this thread: field 41 of its stat (`proc_pid_stat(5)`), counted after the name.
-    fn policy() -> u32 {
+    /// Of this thread: fields of its stat (`proc_pid_stat(5)`), counted after the name.
+    fn stat(field: usize) -> i32 {
         let stat = std::fs::read_to_string("/proc/thread-self/stat").unwrap();
         let after_name = stat.rsplit_once(')').unwrap().1;
-        let field = after_name.split_whitespace().nth(41 - 3);
+        let field = after_name.split_whitespace().nth(field - 3);
         field.unwrap().parse().unwrap()
+    }
+
+    fn policy() -> i32 {
+        stat(41)
+    }
+
+    fn nice() -> i32 {
+        stat(19)
     }
 
     #[test]
     fn background_ends_for_everybody_with_a_cancel() {
-        let normal = policy();
+        let (normal, ordinary) = (policy(), nice());
         let low = {
             let alone = Cancel::new();
             let _low = alone.lower_current_thread(true);
@@ -316,7 +324,7 @@ mod tests {
         assert!(seen.iter().any(|(_, before, ..)| *before == low));
         let (.., after) = seen.iter().find(|(job, ..)| *job == 10).unwrap();
         assert_eq!(*after, normal, "{seen:?}");
-        assert_eq!(policy(), normal);
+        assert_eq!((policy(), nice()), (normal, ordinary));
     }
 
     #[test]
