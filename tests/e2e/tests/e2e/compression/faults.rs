@@ -1,6 +1,12 @@
 //! Artefacts that somebody altered, and disks that are full: refused by name, nothing lost, and it works again once it
 //! can.
-use std::fs;
+use std::{
+    fs,
+    io::ErrorKind,
+    os::unix::fs::MetadataExt as _,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, ensure};
 use doze_e2e::{
@@ -8,6 +14,7 @@ use doze_e2e::{
     compression::{balanced, reaches, snapshot_reaches},
     disk::{Disk, Kind},
     exec,
+    procs::Held,
 };
 use serde_json::json;
 
@@ -39,7 +46,11 @@ pub fn groups(sample: &Sample) -> Vec<Group> {
     let taken = boards.filter(|(at, _)| sample.campaign || *at != chosen);
     taken
         .map(|(_, board)| {
-            let cases = doze_e2e::cases![disk_full_at_compression, disk_full_at_decompression];
+            let cases = doze_e2e::cases![
+                disk_full_at_compression,
+                disk_full_at_decompression,
+                disk_full_while_decompressing,
+            ];
             group(board, "compression-full-disk", cases)
         })
         .collect()
@@ -280,4 +291,95 @@ async fn disk_full_at_decompression(world: &World) -> Result<()> {
     wake(world, &id).await?;
     witness.survived(api, &id).await?;
     all_is_well(world).await
+}
+
+/// Somebody else takes the room that there was. What is written by then goes, and the artefact is what counts.
+async fn disk_full_while_decompressing(world: &World) -> Result<()> {
+    let disk = Disk::of(world, Kind::Ext4, DISK)?;
+    let api = world.api().await?;
+    let (id, witness) = guest(world, "crowded", 64).await?;
+    for codec in [codec("zstd", 1), codec("lz4", 0)] {
+        sleep(api, &id, json!({"compression": codec.request()})).await?;
+        reaches(api, &id, &["compressed"], 300).await?;
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            ensure!(
+                attempts <= 10,
+                "ten decompressions were over too soon to be met"
+            );
+            let dir = instance_dir(world, &id);
+            let server = i32::try_from(world.server.pid().await?)?;
+            let met = tokio::task::spawn_blocking(move || held_in_the_middle(&dir, server));
+            let path = format!("/instances/{id}/restore");
+            let fill = async {
+                let held = met.await??;
+                let filler = held.is_some().then(|| disk.fill(0)).transpose()?;
+                held.map(Held::release).transpose()?;
+                anyhow::Ok(filler)
+            };
+            let (reply, filler) = tokio::join!(api.post_empty(&path), fill);
+            let Some(filler) = filler? else {
+                reply?.expect(200)?;
+                witness.survived(api, &id).await?;
+                sleep(api, &id, json!({"compression": codec.request()})).await?;
+                reaches(api, &id, &["compressed"], 300).await?;
+                continue;
+            };
+            reply?.refused(409, "insufficient_capacity", &["disk", "none is left"])?;
+            only(world, &id, codec.artefact())?;
+            let instance = api.instance(&id).await?;
+            ensure!(
+                instance["state"] == "Standby"
+                    && instance["standby_compression"]["state"] == "compressed",
+                "{instance}"
+            );
+            checks::agree(api, &world.server).await?;
+            drop(filler);
+            break;
+        }
+        wake(world, &id).await?;
+        witness.survived(api, &id).await?;
+    }
+    all_is_well(world).await
+}
+
+/// Waits for a stage file of memory and stops the server as soon as something is in it. `None` when more than half
+/// was there by then, or all.
+fn held_in_the_middle(dir: &Path, server: i32) -> Result<Option<Held>> {
+    let begun = Instant::now();
+    loop {
+        ensure!(
+            begun.elapsed() < Duration::from_secs(60),
+            "no stage file of memory in {}",
+            dir.display()
+        );
+        if staged(dir)?.is_some_and(|bytes| bytes > 0) {
+            break;
+        }
+        // A decompression of this size takes a few dozen milliseconds: nothing that tells of it would be in time.
+        std::hint::spin_loop();
+    }
+    let held = Held::new(server)?;
+    // Of 64 MiB and what the guest itself has in its memory.
+    Ok(staged(dir)?
+        .is_some_and(|bytes| bytes < 48 << 20)
+        .then_some(held))
+}
+
+/// Bytes of disk that unfinished raw memory uses.
+fn staged(dir: &Path) -> Result<Option<u64>> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with(".memory.") && name.ends_with(".stage") {
+            return match entry.metadata() {
+                Ok(meta) => Ok(Some(meta.blocks() * 512)),
+                Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+                Err(error) => Err(error.into()),
+            };
+        }
+    }
+    Ok(None)
 }
