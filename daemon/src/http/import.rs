@@ -30,6 +30,7 @@ use super::{
     AppState,
     errors::{ApiError, chain},
     extract::QueryReader,
+    openapi::Octets,
 };
 use crate::convert::{self, fields};
 
@@ -46,7 +47,7 @@ const STALL: Duration = Duration::from_secs(60);
         ("tags" = Option<std::collections::BTreeMap<String, String>>, Query, style = DeepObject, explode,
             description = "Tags of the image: `?tags[team]=backend`"),
     ),
-    request_body(content = Vec<u8>, content_type = "application/x-tar"),
+    request_body(content = inline(Octets), content_type = "application/x-tar"),
     responses(
         (status = 201, description = "The image is ready", body = Image),
         (status = 400, description = "The archive is broken or unsafe, or a parameter is wrong", body = doze_api::ErrorBody),

@@ -11,6 +11,12 @@ use utoipa::{
     },
 };
 
+/// A body that is bytes: an image's archive, an exported snapshot.
+#[derive(utoipa::ToSchema)]
+#[schema(value_type = String, format = Binary)]
+#[expect(dead_code, reason = "only described")]
+pub(super) struct Octets(Vec<u8>);
+
 #[derive(OpenApi)]
 #[openapi(
     info(

@@ -30,15 +30,10 @@ use super::{
     AppState,
     errors::{ApiError, chain},
     extract::{QueryReader, Segment},
+    openapi::Octets,
     snapshots::{self, measured},
 };
 use crate::convert::fields;
-
-/// An exported snapshot: bytes.
-#[derive(utoipa::ToSchema)]
-#[schema(value_type = String, format = Binary)]
-#[expect(dead_code, reason = "only described")]
-struct Octets(Vec<u8>);
 
 const OCTETS: &str = "application/octet-stream";
 /// Bytes sent at once.
