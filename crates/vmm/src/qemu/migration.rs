@@ -11,6 +11,8 @@
 //!
 //! Facts of QEMU's migration/migration.c, tried on 7.2:
 //! - What `query-migrate` says is the truth; the `MIGRATION` event (capability `events`) is when to ask again.
+//! - The thread that writes the state may take the main loop's lock before the loop has answered `migrate`. A state that
+//!   the socket does not hold (q35's) must be read by then, or both wait for each other.
 //! - QEMU closes its end of an outgoing stream last, after the run state became `postmigrate`. So
 //!   the end of the stream *and* `completed` mean that the machine may be resumed.
 //! - From `postmigrate` it may be resumed, but not saved again.
@@ -213,9 +215,13 @@ async fn capture(qmp: &mut Qmp) -> Result<Vec<u8>, Failure> {
     };
     qmp.execute(&bandwidth, COMMAND_DEADLINE).await?;
     let stream = hand_over(qmp).await?;
-    qmp.execute(&Migrate { uri: URI }, COMMAND_DEADLINE).await?;
-    // One ends without the other when it fails; both are needed.
-    let ((), state) = tokio::try_join!(completed(qmp), read_all(stream))?;
+    let migrate = async {
+        qmp.execute(&Migrate { uri: URI }, COMMAND_DEADLINE).await?;
+        completed(qmp).await
+    };
+    // Read from the first moment: the answer to `migrate` may come after the state. And one ends without the other
+    // when it fails; both are needed.
+    let ((), state) = tokio::try_join!(migrate, read_all(stream))?;
     Ok(state)
 }
 
@@ -382,4 +388,84 @@ async fn hand_over(qmp: &mut Qmp) -> Result<UnixStream, Failure> {
     let name = GetFd { fdname: DESCRIPTOR };
     qmp.execute_with(&name, theirs, COMMAND_DEADLINE).await?;
     Ok(ours)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use std::{
+        future,
+        io::{IoSliceMut, Write},
+        mem::MaybeUninit,
+        os::fd::OwnedFd,
+    };
+
+    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    const STATE: usize = 4 << 20;
+
+    /// What came, and the descriptor that came with it.
+    fn receive(stream: &StdUnixStream, bytes: &mut [u8]) -> (usize, Option<OwnedFd>) {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut rights = RecvAncillaryBuffer::new(&mut space);
+        let mut parts = [IoSliceMut::new(bytes)];
+        let got = recvmsg(stream, &mut parts, &mut rights, RecvFlags::empty()).unwrap();
+        let descriptor = rights.drain().find_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+            _ => None,
+        });
+        (got.bytes, descriptor)
+    }
+
+    /// A monitor that has written the state before it answers `migrate`.
+    fn writes_first(mut stream: StdUnixStream) {
+        stream
+            .write_all(b"{\"QMP\": {\"version\": {}, \"capabilities\": []}}\r\n")
+            .unwrap();
+        let (mut line, mut given) = (Vec::new(), None);
+        loop {
+            let mut bytes = [0; 4096];
+            let (length, descriptor) = receive(&stream, &mut bytes);
+            if length == 0 {
+                return;
+            }
+            given = descriptor.or(given);
+            line.extend_from_slice(&bytes[..length]);
+            while let Some(end) = line.iter().position(|byte| *byte == b'\n') {
+                let command: Value = serde_json::from_slice(&line[..end]).unwrap();
+                line.drain(..=end);
+                let answer = match command["execute"].as_str().unwrap() {
+                    "query-status" => json!({"status": "paused", "running": false}),
+                    "query-migrate" => json!({"status": "completed"}),
+                    "migrate" => {
+                        let mut out = StdUnixStream::from(given.take().unwrap());
+                        out.write_all(&vec![7; STATE]).unwrap();
+                        json!({})
+                    }
+                    _ => json!({}),
+                };
+                let answer = json!({"return": answer, "id": command["id"]});
+                stream
+                    .write_all(format!("{answer}\r\n").as_bytes())
+                    .unwrap();
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_state_that_comes_before_the_answer_is_read() {
+        let (ours, theirs) = StdUnixStream::pair().unwrap();
+        let vmm = std::thread::spawn(move || writes_first(theirs));
+        ours.set_nonblocking(true).unwrap();
+        let ours = UnixStream::from_std(ours).unwrap();
+        let mut qmp = Qmp::negotiate(ours, DEADLINE).await.unwrap();
+        let saved = timeout(Duration::from_secs(20), save(&mut qmp, future::pending()));
+        let state = saved.await.unwrap().unwrap();
+        assert_eq!(state, vec![7; STATE]);
+        drop(qmp);
+        vmm.join().unwrap();
+    }
 }
