@@ -3,6 +3,7 @@ use std::{
     collections::HashMap,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use doze_host::{
@@ -10,6 +11,7 @@ use doze_host::{
     net::{NetError, Network, NetworkConfig},
 };
 use doze_image::{Image, ImageError, ImageStore};
+use doze_snapshot::wait_for_space;
 use doze_vmm::{
     Hypervisor, Monitor,
     boot::{self, BootError, BootFiles},
@@ -21,6 +23,9 @@ use crate::{
     EngineConfig, EngineError, Monitors, Snapshot, compression::Compressions, kill::KillSwitch,
     metrics::Metrics, snapshots::catalog::Catalog, store::Store,
 };
+
+/// For space that a halted job has used.
+const SPACE_PATIENCE: Duration = Duration::from_secs(1);
 
 pub struct Context {
     pub config: EngineConfig,
@@ -256,6 +261,21 @@ impl Context {
 }
 
 fn promise(
+    path: &Path,
+    bytes: u64,
+    account: &Arc<Mutex<u64>>,
+    others: u64,
+) -> Result<DiskRoom, EngineError> {
+    let first = promise_once(path, bytes, account, others);
+    // What a halted job has written may be on its way out. Blocks for as long as that takes, which is tens of
+    // milliseconds, and only where the answer would be a refusal.
+    if matches!(first, Err(EngineError::Capacity { .. })) && wait_for_space(SPACE_PATIENCE) {
+        return promise_once(path, bytes, account, others);
+    }
+    first
+}
+
+fn promise_once(
     path: &Path,
     bytes: u64,
     account: &Arc<Mutex<u64>>,

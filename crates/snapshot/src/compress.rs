@@ -24,7 +24,7 @@ use crate::{
 /// On success the artefact is complete, read back, checked and durable under its name, and `source` was
 /// the same at the end as at the beginning. Otherwise there is nothing, and `source` was only read.
 /// Blocks; returns only when none of its threads reads or writes any more; the space of an unfinished file is
-/// given back soon after. `progress` is called on this thread.
+/// given back soon after a cancel ([`wait_for_space`](crate::wait_for_space)). `progress` is called on this thread.
 ///
 /// # Errors
 /// [`Error::Cancelled`] soon after [`Cancel::cancel`], unless the artefact got its name just before: then
@@ -39,7 +39,7 @@ pub fn compress_file(
 ) -> Result<Report, Error> {
     cancel.check()?;
     let source = Source::open(source, options)?;
-    let stage = Stage::create(target)?;
+    let stage = Stage::create(target, cancel)?;
     let team = Team {
         threads: options.threads,
         background: options.background,
@@ -63,7 +63,7 @@ pub fn compress_file(
             verify: started.elapsed() - convert - sync,
         },
     };
-    stage.commit(cancel)?;
+    stage.commit()?;
     Ok(report)
 }
 

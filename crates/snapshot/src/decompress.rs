@@ -20,8 +20,8 @@ use crate::{
 ///
 /// On success the raw file is complete, read back, checked and durable under its name; pages of zeros are
 /// holes. Otherwise there is nothing, and `source` was only read. Blocks; returns only when none of its
-/// threads reads or writes any more; the space of an unfinished file is given back soon after. `progress` is
-/// called on this thread.
+/// threads reads or writes any more; the space of an unfinished file is given back soon after a cancel
+/// ([`wait_for_space`](crate::wait_for_space)). `progress` is called on this thread.
 ///
 /// # Errors
 /// [`Error::Chunk`] and [`Error::Format`] for a damaged artefact; [`Error::Cancelled`] soon after
@@ -36,7 +36,7 @@ pub fn decompress_file(
 ) -> Result<Report, Error> {
     cancel.check()?;
     let artefact = Artefact::open(source)?;
-    let stage = Stage::create(target)?;
+    let stage = Stage::create(target, cancel)?;
     let team = Team {
         threads: options.threads,
         background: options.background,
@@ -58,7 +58,7 @@ pub fn decompress_file(
             verify: started.elapsed() - convert - sync,
         },
     };
-    stage.commit(cancel)?;
+    stage.commit()?;
     Ok(report)
 }
 

@@ -23,7 +23,7 @@
 //!   existing file; after an error or a cancel there is no stage file either. After `kill -9` there is
 //!   one, with a name that [`doze_host::files::is_stage_name`] knows.
 //! - **Cancelled means gone.** [`Cancel`] is noticed within 50 ms also inside a chunk at zstd 19, and when
-//!   the function returns no thread of it is left, so the caller may remove what it read.
+//!   the function returns no thread of it reads or writes any more, so the caller may remove what it read.
 //! - **Bounded.** Memory is a few chunks per worker; sizes read from a file are checked against
 //!   [`format`]'s caps before anything is allocated for them.
 //! - **Checked.** Every frame carries a checksum of its content, the table repeats it, and the info frame
@@ -38,6 +38,7 @@ pub mod stream;
 
 mod artefact;
 mod cancel;
+mod closing;
 mod codec;
 mod compress;
 mod decompress;
@@ -50,6 +51,7 @@ mod stage;
 
 pub use artefact::{Artefact, ChunkReader, Inspection, ReadAt, inspect_file, verify_file};
 pub use cancel::Cancel;
+pub use closing::wait_for_space;
 pub use compress::compress_file;
 pub use decompress::decompress_file;
 pub use error::{Error, Fault};

@@ -18,6 +18,7 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use crate::{
     cancel::Cancel,
+    closing::close_elsewhere,
     error::Error,
     options::{Phase, Progress},
     pool::Team,
@@ -54,13 +55,14 @@ pub struct Stage {
     target: PathBuf,
     folder: PathBuf,
     renamed: bool,
+    cancel: Cancel,
     /// Whoever closes an unfinished file for us waits for its end. Dropped after `file`, as it stands after it.
     closer: Option<mpsc::Sender<()>>,
 }
 
 impl Stage {
     /// Beside `target`, which must not exist. Mode 0600.
-    pub fn create(target: &Path) -> Result<Self, Error> {
+    pub fn create(target: &Path, cancel: &Cancel) -> Result<Self, Error> {
         static COUNT: AtomicU64 = AtomicU64::new(0);
         let create = Error::io("create", target);
         let Some(name) = target.file_name() else {
@@ -98,6 +100,7 @@ impl Stage {
             target: target.to_owned(),
             folder,
             renamed: false,
+            cancel: cancel.clone(),
             closer: None,
         })
     }
@@ -186,8 +189,8 @@ impl Stage {
     }
 
     /// Gives the file its name. The last moment for a cancel is right before; after it the call succeeds.
-    pub fn commit(mut self, cancel: &Cancel) -> Result<(), Error> {
-        cancel.check()?;
+    pub fn commit(mut self) -> Result<(), Error> {
+        self.cancel.check()?;
         renameat_with(CWD, &self.path, CWD, &self.target, RenameFlags::NOREPLACE).map_err(
             |error| match error {
                 rustix::io::Errno::EXIST => Error::Exists {
@@ -202,22 +205,6 @@ impl Stage {
         self.renamed = true;
         Ok(())
     }
-
-    /// Whoever closes a file without a name gives its space back, and waits until the disk has what is under way:
-    /// for a few hundred MiB longer than a cancel may take. So a thread of its own holds it a little longer than we
-    /// do. Space that a call which came to nothing has used is therefore free soon after its return.
-    fn close_elsewhere(&self) -> io::Result<mpsc::Sender<()>> {
-        let file = self.file.try_clone()?;
-        let (closer, closed_here) = mpsc::channel();
-        thread::Builder::new()
-            .name("snapshot-codec".to_owned())
-            .spawn(move || {
-                // Nothing is ever sent: it ends when the sender goes.
-                let _gone = closed_here.recv();
-                drop(file);
-            })?;
-        Ok(closer)
-    }
 }
 
 impl Drop for Stage {
@@ -228,7 +215,11 @@ impl Drop for Stage {
         if let Err(error) = fs::remove_file(&self.path) {
             tracing::warn!(path = %self.path.display(), %error, "cannot remove an unfinished file");
         }
-        match self.close_elsewhere() {
+        // After an error nobody is in a hurry, and what comes next may need the space.
+        if !self.cancel.is_cancelled() {
+            return;
+        }
+        match close_elsewhere(&self.file) {
             Ok(closer) => self.closer = Some(closer),
             Err(error) => {
                 tracing::debug!(%error, "an unfinished file is closed by whoever made it")

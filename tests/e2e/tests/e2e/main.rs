@@ -53,7 +53,8 @@ fn run(sandbox: Sandbox) -> Result<ExitCode> {
     let points = crash::kill_points(&tools)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
-        .worker_threads(2)
+        // Cases block theirs now and then; one for each group at a time, and one that is free.
+        .worker_threads(4)
         .build()?;
     let make = move |name: &str, options: &WorldOptions| {
         World::new(tools.clone(), sandbox.clone(), name, options)

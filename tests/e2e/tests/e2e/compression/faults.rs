@@ -5,14 +5,17 @@ use std::{
     io::ErrorKind,
     os::unix::fs::MetadataExt as _,
     path::Path,
-    time::{Duration, Instant},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use anyhow::{Context as _, Result, ensure};
 use doze_e2e::{
-    Case, Group, Sample, Witness, World, checks,
+    Case, Group, Reply, Sample, Witness, World, checks,
     compression::{balanced, reaches, snapshot_reaches},
-    disk::{Disk, Kind},
+    disk::{Disk, Filler, Kind},
     exec,
     procs::Held,
 };
@@ -302,69 +305,76 @@ async fn disk_full_while_decompressing(world: &World) -> Result<()> {
         sleep(api, &id, json!({"compression": codec.request()})).await?;
         reaches(api, &id, &["compressed"], 300).await?;
         let mut attempts = 0;
-        loop {
+        let filler = loop {
             attempts += 1;
             ensure!(
                 attempts <= 10,
                 "ten decompressions were over too soon to be met"
             );
-            let dir = instance_dir(world, &id);
-            let server = i32::try_from(world.server.pid().await?)?;
-            let met = tokio::task::spawn_blocking(move || held_in_the_middle(&dir, server));
-            let path = format!("/instances/{id}/restore");
-            let fill = async {
-                let held = met.await??;
-                let filler = held.is_some().then(|| disk.fill(0)).transpose()?;
-                held.map(Held::release).transpose()?;
-                anyhow::Ok(filler)
-            };
-            let (reply, filler) = tokio::join!(api.post_empty(&path), fill);
-            let Some(filler) = filler? else {
-                reply?.expect(200)?;
-                witness.survived(api, &id).await?;
-                sleep(api, &id, json!({"compression": codec.request()})).await?;
-                reaches(api, &id, &["compressed"], 300).await?;
-                continue;
-            };
-            reply?.refused(409, "insufficient_capacity", &["disk", "none is left"])?;
-            only(world, &id, codec.artefact())?;
-            let instance = api.instance(&id).await?;
-            ensure!(
-                instance["state"] == "Standby"
-                    && instance["standby_compression"]["state"] == "compressed",
-                "{instance}"
-            );
-            checks::agree(api, &world.server).await?;
-            drop(filler);
-            break;
-        }
+            let (reply, filler) = restore_and_fill(world, &disk, &id).await?;
+            if let Some(filler) = filler {
+                reply.refused(409, "insufficient_capacity", &["disk", "none is left"])?;
+                break filler;
+            }
+            reply.expect(200)?;
+            witness.survived(api, &id).await?;
+            sleep(api, &id, json!({"compression": codec.request()})).await?;
+            reaches(api, &id, &["compressed"], 300).await?;
+        };
+        only(world, &id, codec.artefact())?;
+        let instance = api.instance(&id).await?;
+        ensure!(
+            instance["state"] == "Standby"
+                && instance["standby_compression"]["state"] == "compressed",
+            "{instance}"
+        );
+        checks::agree(api, &world.server).await?;
+        drop(filler);
         wake(world, &id).await?;
         witness.survived(api, &id).await?;
     }
     all_is_well(world).await
 }
 
+/// A restore, and what fills the disk since the middle of its decompression; `None` when that was over too soon.
+async fn restore_and_fill(world: &World, disk: &Disk, id: &str) -> Result<(Reply, Option<Filler>)> {
+    let api = world.api().await?;
+    let dir = instance_dir(world, id);
+    let server = i32::try_from(world.server.pid().await?)?;
+    let answered = Arc::new(AtomicBool::new(false));
+    let over = answered.clone();
+    let held = tokio::task::spawn_blocking(move || held_in_the_middle(&dir, server, &over));
+    let restore = async {
+        let reply = api.post_empty(&format!("/instances/{id}/restore")).await;
+        answered.store(true, Ordering::Relaxed);
+        reply
+    };
+    let fill = async {
+        let Some(held) = held.await?? else {
+            return Ok(None);
+        };
+        let filler = disk.fill(0)?;
+        held.release()?;
+        anyhow::Ok(Some(filler))
+    };
+    let (reply, filler) = tokio::join!(restore, fill);
+    Ok((reply?, filler?))
+}
+
 /// Waits for a stage file of memory and stops the server as soon as something is in it. `None` when more than half
-/// was there by then, or all.
-fn held_in_the_middle(dir: &Path, server: i32) -> Result<Option<Held>> {
-    let begun = Instant::now();
-    loop {
-        ensure!(
-            begun.elapsed() < Duration::from_secs(60),
-            "no stage file of memory in {}",
-            dir.display()
-        );
-        if staged(dir)?.is_some_and(|bytes| bytes > 0) {
-            break;
+/// was there by then, or all of it before anybody looked.
+fn held_in_the_middle(dir: &Path, server: i32, answered: &AtomicBool) -> Result<Option<Held>> {
+    // A decompression of this size takes a few dozen milliseconds: nothing that tells of it would be in time.
+    while staged(dir)?.is_none_or(|bytes| bytes == 0) {
+        if answered.load(Ordering::Relaxed) {
+            return Ok(None);
         }
-        // A decompression of this size takes a few dozen milliseconds: nothing that tells of it would be in time.
         std::hint::spin_loop();
     }
     let held = Held::new(server)?;
     // Of 64 MiB and what the guest itself has in its memory.
-    Ok(staged(dir)?
-        .is_some_and(|bytes| bytes < 48 << 20)
-        .then_some(held))
+    let early = staged(dir)?.is_some_and(|bytes| bytes < 48 << 20);
+    Ok(early.then_some(held))
 }
 
 /// Bytes of disk that unfinished raw memory uses.
