@@ -28,6 +28,8 @@ use tokio::task::JoinHandle;
 /// the issue's own.
 const EXAMPLE: &str = "4,6,2";
 const EXAMPLE_VARIABLE: &str = "DOZE_E2E_BILLING";
+/// Milliseconds after which what was written before a pause has been read, also beside others that boot.
+const LATE: i128 = 250;
 /// Milliseconds that whole numbers and two clocks may lose at each end.
 const ROUNDING: i128 = 3;
 const COUNTER: [&str; 3] = [
@@ -193,8 +195,7 @@ async fn the_billing_example(world: &World) -> Result<()> {
     tokio::time::sleep(Duration::from_secs(second)).await;
     watch.ticks_after(restore_answered).await?;
     let (last_sent, last_answered, body) = post(api, &id, "standby").await?;
-    // What was written before the pause may be read a moment later.
-    watch.none_between(standby_answered + 50, restore_sent)?;
+    watch.none_between(standby_answered + LATE, restore_sent)?;
     within(
         "running",
         phase(&body, "running")?,
