@@ -1,8 +1,9 @@
 //! What every driver shares: configuration, store, images, monitors, network, reservations.
 use std::{
     collections::HashMap,
+    io::ErrorKind,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Duration,
 };
 
@@ -47,8 +48,8 @@ pub struct Context {
     restores: Arc<Semaphore>,
     boot: tokio::sync::Mutex<()>,
     total_memory: u64,
-    /// Whether files of `data_dir` can share blocks.
-    pub reflinks: bool,
+    /// Whether files of `data_dir` can share blocks, once the file system could be asked.
+    reflinks: OnceLock<bool>,
     pub snapshots: Catalog,
     pub compression: Compressions,
     /// When the disk was measured last, and what was found.
@@ -61,7 +62,6 @@ pub struct Opened {
     pub images: ImageStore,
     pub total_memory: u64,
     pub last_beat: Option<i64>,
-    pub reflinks: bool,
     pub snapshots: Vec<Snapshot>,
 }
 
@@ -72,7 +72,6 @@ impl Context {
             images,
             total_memory,
             last_beat,
-            reflinks,
             snapshots,
         } = opened;
         let restores = Arc::new(Semaphore::new(config.limits.max_concurrent_restores.max(1)));
@@ -94,10 +93,28 @@ impl Context {
             restores,
             boot: tokio::sync::Mutex::new(()),
             total_memory,
-            reflinks,
+            reflinks: OnceLock::new(),
             snapshots: Catalog::new(snapshots),
             compression,
             measured: tokio::sync::Mutex::default(),
+        }
+    }
+
+    /// Whether files of `data_dir` can share blocks. Asked by trying it; on a full disk that cannot be tried, and
+    /// until it can they are taken to need blocks of their own: a full disk must not keep the server from starting.
+    pub async fn reflinks(&self) -> Result<bool, EngineError> {
+        if let Some(known) = self.reflinks.get() {
+            return Ok(*known);
+        }
+        let what = "asking the file system for reflinks";
+        let dir = self.config.data_dir.clone();
+        match blocking(what, move || files::supports_reflink(&dir)).await? {
+            Ok(answer) => Ok(*self.reflinks.get_or_init(|| answer)),
+            Err(e) if matches!(e.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => {
+                tracing::warn!(error = %e, "cannot tell whether files can share blocks");
+                Ok(false)
+            }
+            Err(e) => Err(io_error(what)(e)),
         }
     }
 

@@ -89,16 +89,14 @@ impl Engine {
     pub async fn open_with(config: EngineConfig, monitors: Monitors) -> Result<Self, EngineError> {
         check_data_dir(&config.data_dir)?;
         let dir = config.data_dir.clone();
-        let (store, contents, images, memory, last_beat, reflinks) =
+        let (store, contents, images, memory, last_beat) =
             blocking("opening the data folder", move || {
                 doze_host::files::create_private_dir(&dir).map_err(io_error("data_dir"))?;
                 let (store, contents) = Store::open(&dir.join("doze.db")).map_err(store_error)?;
                 let images = ImageStore::open(&dir.join("images")).map_err(image_error)?;
                 let memory = total_memory().map_err(io_error("reading /proc/meminfo"))?;
                 let last_beat = life_sign::last_beat(&dir);
-                let reflinks = doze_host::files::supports_reflink(&dir)
-                    .map_err(io_error("asking the file system for reflinks"))?;
-                Ok::<_, EngineError>((store, contents, images, memory, last_beat, reflinks))
+                Ok::<_, EngineError>((store, contents, images, memory, last_beat))
             })
             .await??;
         let Contents {
@@ -121,10 +119,10 @@ impl Engine {
                 images,
                 total_memory: memory,
                 last_beat,
-                reflinks,
                 snapshots,
             },
         ));
+        ctx.reflinks().await?;
         recovery::sweep(&ctx, &known, &rolling_back, kept).await?;
         let auto_standby = Arc::new(Controller::open(ctx.clone()).await);
         let heart = life_sign::Heart::start(&ctx.config.data_dir);

@@ -238,7 +238,7 @@ async fn room(instance: &Instance, memory: bool) -> Result<crate::context::DiskR
     .await?
     .map_err(io_error("measuring an instance"))?;
     let promise = ctx.reserve_disk(&instance.dir(), held + ROOM)?;
-    if !ctx.reflinks {
+    if !ctx.reflinks().await? {
         return Ok(promise);
     }
     // Shared blocks cost nothing now, but a guest that changes them needs new ones, and a disk that has none

@@ -52,7 +52,7 @@ pub async fn run(instance: &mut Instance, cancel: &Cancel, plan: Plan) -> Result
         target,
     } = plan;
     let memory = pending.memory_of.is_some();
-    let needed = match instance.ctx.reflinks {
+    let needed = match instance.ctx.reflinks().await? {
         true => 0,
         false => {
             let dir = dir.clone();

@@ -125,7 +125,7 @@ impl Engine {
         let ctx = &self.shared.ctx;
         let (from, to) = (ctx.snapshot_dir(id), ctx.captures_dir().join(new_id()));
         let measured = from.clone();
-        let needed = match ctx.reflinks {
+        let needed = match ctx.reflinks().await? {
             true => 0,
             false => blocking("measuring a snapshot", move || {
                 copies::bytes_to_copy(&measured, memory)
