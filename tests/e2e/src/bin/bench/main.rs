@@ -2,7 +2,7 @@
 //! 1,000 stopped instances cost the server, beside machine model and core count. Run it on an otherwise idle machine:
 //! `cargo run --release -p doze-e2e --bin bench`.
 //!
-//! `bench codec-inputs FOLDER` measures nothing: it makes the files that the memory codec is measured with.
+//! `bench copies` measures snapshots and forks alone. `bench codec-inputs FOLDER` measures nothing: it makes the files that the memory codec is measured with.
 use std::{
     env,
     ffi::OsStr,
@@ -30,6 +30,7 @@ mod copies;
 mod standby;
 
 const BOOTS: usize = 10;
+const COPIED: &str = "copied (no reflink)";
 const SEEDED: usize = 1_000;
 const READS: usize = 500;
 
@@ -38,9 +39,10 @@ fn main() -> ExitCode {
         let arguments: Vec<_> = env::args_os().skip(1).collect();
         let outcome = match arguments.as_slice() {
             [] => bench(sandbox),
+            [what] if what == "copies" => copies_alone(sandbox),
             [what, folder] if what == "codec-inputs" => codec_inputs(sandbox, Path::new(folder)),
             other => Err(anyhow!(
-                "{other:?}; known are no argument, and codec-inputs FOLDER"
+                "{other:?}; known are no argument, copies, and codec-inputs FOLDER"
             )),
         };
         match outcome {
@@ -72,6 +74,30 @@ fn codec_inputs(sandbox: Sandbox, folder: &Path) -> Result<()> {
     })
 }
 
+fn copies_alone(sandbox: Sandbox) -> Result<()> {
+    let tools = Arc::new(Tools::find()?);
+    runtime()?.block_on(async {
+        print_machine()?;
+        let sandbox = Arc::new(sandbox);
+        let world = World::new(
+            tools.clone(),
+            sandbox.clone(),
+            "bench",
+            &WorldOptions::default(),
+        )?;
+        copies::copies(&world, COPIED).await?;
+        world.tear_down().await?;
+        copies_shared(tools, sandbox).await
+    })
+}
+
+async fn copies_shared(tools: Arc<Tools>, sandbox: Arc<Sandbox>) -> Result<()> {
+    let world = World::new(tools, sandbox, "bench-reflink", &WorldOptions::default())?;
+    copies::share_blocks(&world)?;
+    copies::copies(&world, "XFS with reflink").await?;
+    world.tear_down().await
+}
+
 fn bench(sandbox: Sandbox) -> Result<()> {
     let tools = Arc::new(Tools::find()?);
     runtime()?.block_on(async {
@@ -84,14 +110,11 @@ fn bench(sandbox: Sandbox) -> Result<()> {
             boots(&world, hypervisor).await?;
         }
         standby::cycles(&world).await?;
-        copies::copies(&world, "copied (no reflink)").await?;
+        copies::copies(&world, COPIED).await?;
         auto_standby::cycles(&world).await?;
         compression::restores(&world).await?;
         world.tear_down().await?;
-        let sharing = World::new(tools, sandbox, "bench-reflink", &options)?;
-        copies::share_blocks(&sharing)?;
-        copies::copies(&sharing, "XFS with reflink").await?;
-        sharing.tear_down().await?;
+        copies_shared(tools, sandbox).await?;
         println!("\n| with {SEEDED} stopped instances | measured | aim |\n|---|---|---|");
         let server = world.another_server(&ServerOptions::default())?;
         stopped_instances(&server).await
