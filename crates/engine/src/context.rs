@@ -1,7 +1,6 @@
 //! What every driver shares: configuration, store, images, monitors, network, reservations.
 use std::{
     collections::HashMap,
-    io::ErrorKind,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Duration,
@@ -110,7 +109,7 @@ impl Context {
         let dir = self.config.data_dir.clone();
         match blocking(what, move || files::supports_reflink(&dir)).await? {
             Ok(answer) => Ok(*self.reflinks.get_or_init(|| answer)),
-            Err(e) if matches!(e.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => {
+            Err(e) if files::is_full(&e) => {
                 tracing::warn!(error = %e, "cannot tell whether files can share blocks");
                 Ok(false)
             }
@@ -283,13 +282,15 @@ fn promise(
     account: &Arc<Mutex<u64>>,
     others: u64,
 ) -> Result<DiskRoom, EngineError> {
-    let first = promise_once(path, bytes, account, others);
-    // What a halted job has written may be on its way out. Blocks for as long as that takes, which is tens of
-    // milliseconds, and only where the answer would be a refusal.
-    if matches!(first, Err(EngineError::Capacity { .. })) && wait_for_space(SPACE_PATIENCE) {
-        return promise_once(path, bytes, account, others);
+    match promise_once(path, bytes, account, others) {
+        // What a halted job has written may be on its way out, or out since it was measured. Blocks for as long as
+        // that takes, which is tens of milliseconds, and only where the answer would be a refusal.
+        Err(EngineError::Capacity { .. }) => {
+            wait_for_space(SPACE_PATIENCE);
+            promise_once(path, bytes, account, others)
+        }
+        other => other,
     }
-    first
 }
 
 fn promise_once(

@@ -203,6 +203,14 @@ pub(crate) fn cannot_reflink(e: Errno) -> bool {
     )
 }
 
+/// Whether the error says that the disk, or our share of it, is used up.
+pub fn is_full(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    )
+}
+
 /// Bytes available to us on the file system that holds `path`.
 pub fn free_space(path: &Path) -> io::Result<u64> {
     let stat =

@@ -43,16 +43,8 @@ pub fn close_elsewhere(file: &File) -> io::Result<mpsc::Sender<()>> {
     }
 }
 
-/// Waits until the space of all files that cancelled calls left unfinished is free, for `patience` at most. `false`:
-/// there was nothing to wait for, or there still is.
-pub fn wait_for_space(patience: Duration) -> bool {
-    let waiting = closing();
-    if *waiting == 0 {
-        return false;
-    }
-    let outcome = CLOSED.wait_timeout_while(waiting, patience, |closing| *closing > 0);
-    !outcome
-        .unwrap_or_else(PoisonError::into_inner)
-        .1
-        .timed_out()
+/// Waits until the space of all files that cancelled calls left unfinished is free, for `patience` at most.
+pub fn wait_for_space(patience: Duration) {
+    let outcome = CLOSED.wait_timeout_while(closing(), patience, |closing| *closing > 0);
+    drop(outcome.unwrap_or_else(PoisonError::into_inner));
 }

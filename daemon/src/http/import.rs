@@ -218,13 +218,13 @@ impl Upload {
 }
 
 fn staging(error: &std::io::Error) -> ApiError {
-    match error.kind() {
-        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => ApiError::conflict(
+    if doze_host::files::is_full(error) {
+        return ApiError::conflict(
             "insufficient_capacity",
             format!("no room for the upload on the server's disk: {error}"),
-        ),
-        _ => ApiError::internal(format!("stage the upload: {error}")),
+        );
     }
+    ApiError::internal(format!("stage the upload: {error}"))
 }
 
 type Outcome = oneshot::Receiver<Result<Image, ApiError>>;

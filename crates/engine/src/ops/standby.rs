@@ -366,21 +366,19 @@ async fn unmark(place: &Path) -> Result<(), EngineError> {
     .map_err(manifest_error)
 }
 
-/// `StorageFull` is the operator's to mend and says so.
+/// A full disk is the operator's to mend and says so.
 pub fn disk_error(context: &str, error: &std::io::Error) -> EngineError {
-    match error.kind() {
-        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
-            EngineError::Capacity {
-                resource: "disk",
-                wanted: format!("room for {context}"),
-                available: "none is left".into(),
-                limit: error.to_string(),
-            }
-        }
-        _ => EngineError::Internal {
-            context: context.to_owned(),
-            reason: error.to_string(),
-        },
+    if doze_host::files::is_full(error) {
+        return EngineError::Capacity {
+            resource: "disk",
+            wanted: format!("room for {context}"),
+            available: "none is left".into(),
+            limit: error.to_string(),
+        };
+    }
+    EngineError::Internal {
+        context: context.to_owned(),
+        reason: error.to_string(),
     }
 }
 

@@ -44,11 +44,9 @@ pub(super) fn write(folder: &Path, state: &[u8]) -> Result<SavedFile, VmmError> 
 }
 
 fn explain(step: &str, path: &Path, folder: &Path, state: &[u8], source: io::Error) -> VmmError {
-    let full = matches!(
-        source.kind(),
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
-    );
-    if full && let Ok(available) = free_space(folder) {
+    if doze_host::files::is_full(&source)
+        && let Ok(available) = free_space(folder)
+    {
         return VmmError::NoSpace {
             what: format!("the device state {}", path.display()),
             needed: state.len() as u64,

@@ -22,8 +22,8 @@ use doze_e2e::{
 use serde_json::json;
 
 use super::{
-    SLOW, alive, all_is_well, codec, drop_snapshot, fork, group, guest, only, sleep, snapshot_dir,
-    take, text, wake,
+    Codec, SLOW, alive, all_is_well, codec, drop_snapshot, fork, group, guest, only, sleep,
+    snapshot_dir, take, text, wake,
 };
 use crate::{
     crash_standby::{act, instance_dir},
@@ -269,14 +269,7 @@ async fn disk_full_at_decompression(world: &World) -> Result<()> {
                     &["disk", "wanted", "available"],
                 )
                 .with_context(|| format!("{left} bytes left"))?;
-            only(world, &id, codec.artefact())?;
-            let instance = api.instance(&id).await?;
-            ensure!(
-                instance["state"] == "Standby"
-                    && instance["standby_compression"]["state"] == "compressed",
-                "{instance}"
-            );
-            checks::agree(api, &world.server).await?;
+            sleeps_on(world, &id, codec).await?;
             // Where there is no room for a copy there is none for its memory either.
             let body = json!({"name": world.unique("fork"), "target_state": "Running"});
             api.post(&format!("/instances/{id}/fork"), body)
@@ -323,19 +316,24 @@ async fn disk_full_while_decompressing(world: &World) -> Result<()> {
             sleep(api, &id, json!({"compression": codec.request()})).await?;
             reaches(api, &id, &["compressed"], 300).await?;
         };
-        only(world, &id, codec.artefact())?;
-        let instance = api.instance(&id).await?;
-        ensure!(
-            instance["state"] == "Standby"
-                && instance["standby_compression"]["state"] == "compressed",
-            "{instance}"
-        );
-        checks::agree(api, &world.server).await?;
+        sleeps_on(world, &id, codec).await?;
         drop(filler);
         wake(world, &id).await?;
         witness.survived(api, &id).await?;
     }
     all_is_well(world).await
+}
+
+/// As it did before somebody tried to wake it.
+async fn sleeps_on(world: &World, id: &str, codec: Codec) -> Result<()> {
+    let api = world.api().await?;
+    only(world, id, codec.artefact())?;
+    let instance = api.instance(id).await?;
+    ensure!(
+        instance["state"] == "Standby" && instance["standby_compression"]["state"] == "compressed",
+        "{instance}"
+    );
+    checks::agree(api, &world.server).await.map(drop)
 }
 
 /// A restore, and what fills the disk since the middle of its decompression; `None` when that was over too soon.
