@@ -2,7 +2,11 @@
 //!
 //! Tokens are JWTs signed with HS256 (RFC 7519, RFC 7515). A token that carries `exp` or `nbf` is
 //! held to it; one without is good until the secret changes, which is the operator's choice, for
-//! only who has the secret can make one.
+//! only the holder of the secret can make one.
+//!
+//! Every token that is good may do everything. Other systems sign tokens that may do less and say so
+//! in a claim (`permissions`, `scope`, `aud`, ...). A claim that this server does not understand must
+//! never widen access, so such a token is refused: [`UNDERSTOOD`] lists what a token may say.
 use std::{
     collections::HashSet,
     fs, io,
@@ -13,11 +17,12 @@ use std::{
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
+use serde_json::{Map, Value};
 
 use crate::config::{Config, Secret};
 
-/// Random bytes of a generated secret; HS256 wants at least 32 (RFC 7518 section 3.2).
+/// Random bytes of a generated secret, see [`Secret::MIN_BYTES`].
 const SECRET_BYTES: usize = 48;
 /// A secret file holds no more than this.
 const MAX_SECRET_FILE: u64 = 64 << 10;
@@ -106,6 +111,11 @@ fn read(path: &Path) -> Result<Option<Secret>, SecretError> {
         "" => Err(content(
             "empty; remove the file to have a new secret generated".to_owned(),
         )),
+        text if text.len() < Secret::MIN_BYTES => Err(content(format!(
+            "the secret has {} bytes; allowed: at least {} random bytes. hint: remove the file to have a new secret generated",
+            text.len(),
+            Secret::MIN_BYTES
+        ))),
         text => Ok(Some(Secret::new(text))),
     }
 }
@@ -141,11 +151,28 @@ pub(crate) fn sign(secret: &Secret, subject: &str, ttl: Duration) -> Result<Stri
     )?)
 }
 
-/// Claims that are read, after verification.
-#[derive(Debug, Clone, Deserialize)]
+/// Claims of a token that is good.
+#[derive(Debug, Clone)]
 pub(crate) struct Claims {
-    #[serde(default)]
     pub sub: Option<String>,
+}
+
+/// Claims that a token may have (RFC 7519 section 4.1). `exp` and `nbf` restrict it and are enforced;
+/// the others say who made it, when and for whom, and restrict nothing. `aud` is not among them: a
+/// server that is not named there must reject the token (section 4.1.3), and this one has no name.
+pub(crate) const UNDERSTOOD: [&str; 6] = ["sub", "iat", "exp", "nbf", "iss", "jti"];
+
+/// Why a token is refused.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Refused {
+    #[error(transparent)]
+    Invalid(#[from] jsonwebtoken::errors::Error),
+    /// Signed with the secret, but it says more than this server understands.
+    #[error(
+        "the token's claim {claim:?} {reason}; allowed claims: {}. hint: doze token prints a token without restrictions",
+        UNDERSTOOD.join(", ")
+    )]
+    Claim { claim: String, reason: &'static str },
 }
 
 /// Checks tokens.
@@ -160,7 +187,7 @@ impl Verifier {
         let mut validation = Validation::new(Algorithm::HS256);
         validation.required_spec_claims = HashSet::new();
         validation.validate_nbf = true;
-        // Tokens of other makers may name an audience; the secret is what says they are for us.
+        // `understood` refuses the claim with an answer that names it.
         validation.validate_aud = false;
         validation.leeway = LEEWAY_SECONDS;
         Self {
@@ -169,8 +196,33 @@ impl Verifier {
         }
     }
 
-    pub(crate) fn verify(&self, token: &str) -> Result<Claims, jsonwebtoken::errors::Error> {
-        jsonwebtoken::decode::<Claims>(token, &self.key, &self.validation).map(|data| data.claims)
+    pub(crate) fn verify(&self, token: &str) -> Result<Claims, Refused> {
+        let data = jsonwebtoken::decode::<Map<String, Value>>(token, &self.key, &self.validation)?;
+        understood(&data.claims)
+    }
+}
+
+/// What the claims say, if this server understands every one of them.
+fn understood(claims: &Map<String, Value>) -> Result<Claims, Refused> {
+    let refused = |claim: &str, reason| Refused::Claim {
+        claim: claim.to_owned(),
+        reason,
+    };
+    if let Some(claim) = claims
+        .keys()
+        .find(|claim| !UNDERSTOOD.contains(&claim.as_str()))
+    {
+        return Err(refused(
+            claim,
+            "may restrict it in a way that this server does not understand",
+        ));
+    }
+    match claims.get("sub") {
+        None => Ok(Claims { sub: None }),
+        Some(Value::String(sub)) => Ok(Claims {
+            sub: Some(sub.clone()),
+        }),
+        Some(_) => Err(refused("sub", "is not a text")),
     }
 }
 
@@ -216,6 +268,19 @@ mod tests {
     }
 
     #[test]
+    fn a_short_secret_file_is_refused_and_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = config(dir.path());
+        let path = config.secret_path();
+        fs::write(&path, "too-short").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        let error = existing_or_new(&config).unwrap_err().to_string();
+        assert!(error.contains("at least 32"), "{error}");
+        assert!(!error.contains("too-short"), "{error}");
+        assert_eq!(fs::read_to_string(&path).unwrap(), "too-short");
+    }
+
+    #[test]
     fn only_good_tokens_pass() {
         let secret = Secret::new("s".repeat(32));
         let verifier = Verifier::new(&secret);
@@ -231,7 +296,8 @@ mod tests {
         let ours = secret.expose();
         let good = [
             serde_json::json!({}),
-            serde_json::json!({"sub": "x", "aud": "y", "exp": now + 60}),
+            serde_json::json!({"sub": "x", "iss": "y", "jti": "z", "iat": now, "nbf": now, "exp": now + 60}),
+            serde_json::json!({"exp": now as f64 + 60.5}),
         ];
         for claims in good {
             let token = make(hs256(), claims, ours);
@@ -241,9 +307,35 @@ mod tests {
             (hs256(), serde_json::json!({}), "other"),
             (hs256(), serde_json::json!({"exp": now - 60}), ours),
             (hs256(), serde_json::json!({"nbf": now + 60}), ours),
+            (hs256(), serde_json::json!({"sub": ["x"]}), ours),
+            // A time that cannot be read must not become none.
+            (hs256(), serde_json::json!({"exp": "1"}), ours),
+            (hs256(), serde_json::json!({"exp": -1}), ours),
+            (hs256(), serde_json::json!({"nbf": "x"}), ours),
             (Header::new(Algorithm::HS384), serde_json::json!({}), ours),
         ] {
             assert!(verifier.verify(&make(header, claims, secret)).is_err());
+        }
+        // What may restrict a token is not understood, so it must not widen what the token may do.
+        for (claim, value) in [
+            ("permissions", serde_json::json!(["instances:read"])),
+            ("permissions", serde_json::json!([])),
+            ("scope", serde_json::json!("read")),
+            ("scopes", serde_json::json!(["read"])),
+            ("repo_access", serde_json::json!([])),
+            ("build_id", serde_json::json!("b")),
+            ("aud", serde_json::json!("another server")),
+            ("cnf", serde_json::json!({"jkt": "x"})),
+            ("a new claim", serde_json::Value::Null),
+        ] {
+            let token = make(hs256(), serde_json::json!({ claim: value }), ours);
+            match verifier.verify(&token) {
+                Err(Refused::Claim { claim: named, .. }) => assert_eq!(named, claim),
+                other => panic!("{claim}: {other:?}"),
+            }
+            // Without the secret, the answer says nothing about claims.
+            let token = make(hs256(), serde_json::json!({ claim: 1 }), "other");
+            assert!(matches!(verifier.verify(&token), Err(Refused::Invalid(_))));
         }
         // {"alg":"none"} with an empty signature.
         assert!(verifier.verify("eyJhbGciOiJub25lIn0.e30.").is_err());

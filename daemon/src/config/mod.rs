@@ -8,8 +8,9 @@
 //!
 //! A variable's name is `DOZE_` and the key in upper case; a section and its key are joined by two
 //! underscores: `listen` is `DOZE_LISTEN`, `hypervisor.default` is `DOZE_HYPERVISOR__DEFAULT`. An
-//! empty variable counts as not set. Unknown keys are mistakes in both places. Nothing here looks
-//! at the process' own environment but [`Config::load`].
+//! empty variable counts as not set. An unknown key of the file is a mistake; an unknown variable is
+//! a warning, because other software adds variables too. Only [`Config::load`] reads the
+//! environment of the process.
 use std::{
     fmt,
     net::{IpAddr, Ipv4Addr, SocketAddr},
@@ -52,6 +53,8 @@ pub struct Config {
     pub log: Log,
     /// `DOZE_KILL_AT`, for crash tests: where this process is to die. Not a key of the file.
     pub(crate) kill_at: Option<String>,
+    /// One warning for each `DOZE_…` variable that sets no key.
+    pub(crate) unknown_variables: Vec<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,6 +68,10 @@ pub struct Auth {
 pub struct Secret(String);
 
 impl Secret {
+    /// Bytes of a key for HS256 at least (RFC 7518 section 3.2). A shorter one can be guessed from
+    /// one token, and the holder of the secret can make tokens.
+    pub const MIN_BYTES: usize = 32;
+
     pub fn new(text: impl Into<String>) -> Self {
         Secret(text.into())
     }
@@ -245,25 +252,18 @@ impl Config {
         reader.add_environment(variables);
         let mut config = sections::read(&mut reader);
         config.kill_at = kill_at;
-        reader.finish().map(|()| config)
+        config.unknown_variables = reader.finish()?;
+        Ok(config)
     }
 
     /// What an operator should know though it is allowed.
     pub fn warnings(&self) -> Vec<String> {
-        let mut warnings = Vec::new();
+        let mut warnings = self.unknown_variables.clone();
         if !self.listen.ip().is_loopback() {
             warnings.push(format!(
                 "listen = {}: the API is plain HTTP and reachable from other machines; whoever reads the traffic reads the tokens. Listen on 127.0.0.1 and put a TLS proxy in front",
                 self.listen
             ));
-        }
-        if let Some(secret) = &self.auth.jwt_secret
-            && secret.expose().len() < 32
-        {
-            warnings.push(
-                "auth.jwt_secret: shorter than 32 bytes, tokens can be forged by guessing it"
-                    .to_owned(),
-            );
         }
         if let IpAddr::V4(listen) = self.listen.ip()
             && self.network.enabled

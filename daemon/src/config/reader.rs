@@ -38,7 +38,9 @@ struct Entry {
 
 #[derive(Default)]
 pub(super) struct Reader {
-    entries: BTreeMap<String, Entry>,
+    file: BTreeMap<String, Entry>,
+    /// Apart from the file's: an unknown variable must not hide an unknown key of the same name.
+    variables: BTreeMap<String, Entry>,
     errors: Vec<ConfigError>,
     known: Vec<&'static str>,
 }
@@ -63,7 +65,7 @@ impl Reader {
                         value: Value::File(value),
                         place: place.to_owned(),
                     };
-                    self.entries.insert(key, entry);
+                    self.file.insert(key, entry);
                 }
             }
         }
@@ -90,7 +92,7 @@ impl Reader {
                 value: Value::Environment(text),
                 place: name,
             };
-            self.entries.insert(key, entry);
+            self.variables.insert(key, entry);
         }
     }
 
@@ -101,7 +103,8 @@ impl Reader {
         read: impl FnOnce(&Value) -> Read<T>,
     ) -> Option<T> {
         self.known.push(key);
-        let entry = self.entries.remove(key)?;
+        let file = self.file.remove(key);
+        let entry = self.variables.remove(key).or(file)?;
         match read(&entry.value) {
             Ok(value) => Some(value),
             Err(reason) => {
@@ -133,19 +136,33 @@ impl Reader {
         &self.known
     }
 
-    /// Whatever nobody asked for is a mistake.
-    pub(super) fn finish(mut self) -> Result<(), ConfigErrors> {
-        for (key, entry) in std::mem::take(&mut self.entries) {
+    /// An unknown key of the file is a mistake. An unknown variable is a warning, which this returns:
+    /// the environment is not only ours. Kubernetes adds `DOZE_SERVICE_HOST` for a service `doze`.
+    pub(super) fn finish(mut self) -> Result<Vec<String>, ConfigErrors> {
+        for (key, entry) in std::mem::take(&mut self.file) {
             let near = nearest(&key, &self.known)
                 .map(|known| format!("; did you mean {known}?"))
                 .unwrap_or_default();
             self.error(&key, format!("unknown key (in {}){near}", entry.place));
         }
-        match self.errors.is_empty() {
-            true => Ok(()),
-            false => Err(ConfigErrors(self.errors)),
+        if !self.errors.is_empty() {
+            return Err(ConfigErrors(self.errors));
         }
+        let warnings = self.variables.iter().map(|(key, entry)| {
+            let near = nearest(key, &self.known)
+                .map(|known| format!("; did you mean {}?", variable(known)))
+                .unwrap_or_default();
+            // The value is left out: it may be a secret.
+            let name = entry.place.escape_debug();
+            format!("{name}: no configuration key has this variable; it is ignored{near}")
+        });
+        Ok(warnings.collect())
     }
+}
+
+/// The variable that sets `key`.
+fn variable(key: &str) -> String {
+    format!("{PREFIX}{}", key.replace('.', "__").to_ascii_uppercase())
 }
 
 /// The known key that differs least, if it differs by few letters or only in its section.

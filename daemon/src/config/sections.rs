@@ -74,6 +74,7 @@ pub(super) fn read(reader: &mut Reader) -> Config {
         },
         data_dir,
         kill_at: None,
+        unknown_variables: Vec::new(),
     };
     check(reader, &config);
     config
@@ -311,8 +312,15 @@ fn filled(value: &Value) -> Read<String> {
 fn secret(value: &Value) -> Read<Secret> {
     // The value itself must not appear in a message.
     match value.text() {
-        Ok(text) if !text.is_empty() => Ok(Secret::new(text)),
-        Ok(_) => Err("it is empty; leave it out to have one generated".to_owned()),
+        Ok(text) if text.is_empty() => {
+            Err("it is empty; leave it out to have one generated".to_owned())
+        }
+        Ok(text) if text.len() < Secret::MIN_BYTES => Err(format!(
+            "it has {} bytes; allowed: at least {} random bytes. hint: openssl rand -base64 48, or leave it out to have one generated",
+            text.len(),
+            Secret::MIN_BYTES
+        )),
+        Ok(text) => Ok(Secret::new(text)),
         Err(_) => Err("not a text".to_owned()),
     }
 }

@@ -7,13 +7,14 @@ use axum::{
 };
 
 use super::{AppState, errors::ApiError};
+use crate::secret::Refused;
 
 /// Paths that answer without a token.
 const OPEN_PATHS: [&str; 1] = ["/health"];
 
 /// Refuses a request without a good token before anything looks at it. The answer is the same
-/// whether the path exists or not, and never says what of a token was wrong but its expiry, which
-/// its holder can read himself.
+/// whether the path exists or not. It never says what was wrong with a token, except its expiry and a
+/// claim that this server does not understand: both stand in the token, for its holder to read.
 pub(super) async fn require_token(
     State(state): State<AppState>,
     request: Request,
@@ -29,17 +30,23 @@ pub(super) async fn require_token(
             }
             next.run(request).await
         }
-        Err(message) => {
-            ApiError::new(StatusCode::UNAUTHORIZED, "unauthorized", message).into_response()
-        }
+        Err(error) => error.into_response(),
     }
 }
 
-fn check(state: &AppState, request: &Request) -> Result<Option<String>, String> {
+fn unauthorized(message: &str) -> ApiError {
+    ApiError::new(StatusCode::UNAUTHORIZED, "unauthorized", message)
+}
+
+fn check(state: &AppState, request: &Request) -> Result<Option<String>, ApiError> {
     let value = request
         .headers()
         .get(header::AUTHORIZATION)
-        .ok_or("no token; send the header Authorization: Bearer <JWT> (doze token prints one)")?;
+        .ok_or_else(|| {
+            unauthorized(
+                "no token; send the header Authorization: Bearer <JWT> (doze token prints one)",
+            )
+        })?;
     let token = value
         .to_str()
         .ok()
@@ -47,15 +54,20 @@ fn check(state: &AppState, request: &Request) -> Result<Option<String>, String> 
             let (scheme, token) = value.split_once(' ')?;
             scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
         })
-        .ok_or("the Authorization header is not Bearer <JWT>")?;
+        .ok_or_else(|| unauthorized("the Authorization header is not Bearer <JWT>"))?;
     state
         .verifier()
         .verify(token)
         .map(|claims| claims.sub)
-        .map_err(|error| match error.kind() {
-            jsonwebtoken::errors::ErrorKind::ExpiredSignature => {
-                "the token has expired; doze token prints a new one".to_owned()
+        .map_err(|error| match error {
+            Refused::Claim { .. } => {
+                ApiError::new(StatusCode::FORBIDDEN, "forbidden", error.to_string())
             }
-            _ => "the token is not good on this server".to_owned(),
+            Refused::Invalid(error) => match error.kind() {
+                jsonwebtoken::errors::ErrorKind::ExpiredSignature => {
+                    unauthorized("the token has expired; doze token prints a new one")
+                }
+                _ => unauthorized("the token is not good on this server"),
+            },
         })
 }

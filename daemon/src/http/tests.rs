@@ -176,6 +176,31 @@ async fn only_health_needs_no_token() {
 }
 
 #[tokio::test]
+async fn a_token_that_says_less_is_forbidden_everything() {
+    let server = server().await;
+    let key = jsonwebtoken::EncodingKey::from_secret(b"0123456789abcdef0123456789abcdef");
+    let signed = jsonwebtoken::Header::new(jsonwebtoken::Algorithm::HS256);
+    for claim in ["permissions", "scope", "aud", "build_id"] {
+        let claims = json!({"sub": "x", claim: ["instances:read"]});
+        let token = jsonwebtoken::encode(&signed, &claims, &key).unwrap();
+        for (method, path) in [
+            (Method::GET, "/instances"),
+            (Method::POST, "/instances"),
+            (Method::GET, "/no/such/path"),
+        ] {
+            let request = Request::builder()
+                .method(method)
+                .uri(path)
+                .header(header::AUTHORIZATION, format!("Bearer {token}"))
+                .body(Body::empty())
+                .unwrap();
+            let message = server.raw(request).await.error(403, "forbidden");
+            assert!(message.contains(&format!("{claim:?}")), "{message}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn every_endpoint_that_is_not_served_says_so() {
     let server = server().await;
     assert!(contract::NOT_SERVED.len() >= 35);
