@@ -8,7 +8,9 @@ use doze_lifecycle::{Fact, Operation, Stamp, State};
 use doze_vmm::MachineStatus;
 use tokio::{sync::mpsc, time::Instant};
 
-use crate::{EngineError, driver::Message, instance::Instance, now, ops, recovery};
+use crate::{
+    EngineError, driver::Message, instance::Instance, now, ops, proof::ANSWER_PATIENCE, recovery,
+};
 
 /// How long a guest may stay up after it said that its program ended.
 const POWER_OFF_PATIENCE: Duration = Duration::from_secs(20);
@@ -33,7 +35,10 @@ pub async fn idle(
             }
         };
         if done && is_overdue(instance) {
-            done = overdue(instance).await;
+            done = match instance.record.answer_in_time() && instance.record.exit().is_none() {
+                true => answer_overdue(instance).await,
+                false => overdue(instance).await,
+            };
         }
         // What could not be recorded now (a full disk, a hung process) is tried again with the next check
         // or command, not at once.
@@ -180,7 +185,7 @@ pub async fn book_answer(instance: &mut Instance) -> Result<(), EngineError> {
     }
     if instance.inherited {
         if !answer.identity_applied {
-            // It has another one's addresses: it stays unreachable and is never called Running.
+            // It has another one's addresses: it stays unreachable.
             return Ok(());
         }
         instance.inherited = false;
@@ -192,6 +197,37 @@ pub async fn book_answer(instance: &mut Instance) -> Result<(), EngineError> {
     let age = u64::try_from(answer.at.elapsed().as_micros()).unwrap_or(u64::MAX);
     let fact = Fact::AgentAnswered;
     instance.commit_at(fact, &now().earlier(age)).await
+}
+
+/// A restored guest kept its answer to itself until its time was over. It has its CPUs, at full service, and is billed for
+/// them: otherwise a guest whose agent says nothing would run for ever as one that begins. A copy without its own
+/// identity stays off the bridge all the same: that hangs on [`Instance::inherited`], not on the state.
+pub async fn book_missing_answer(instance: &mut Instance) -> Result<(), EngineError> {
+    let runs = (instance.live.as_ref())
+        .is_some_and(|live| *live.status.borrow() == MachineStatus::Running);
+    if !runs || !instance.record.answer_in_time() {
+        return Ok(());
+    }
+    instance.commit(Fact::AnswerOverdue).await?;
+    instance.note(match instance.inherited {
+        true => {
+            "it runs without having taken its own identity; it stays off the network until it does"
+        }
+        false => "restored, but its agent has not answered yet",
+    });
+    Ok(())
+}
+
+/// `false`: it has to be tried again.
+async fn answer_overdue(instance: &mut Instance) -> bool {
+    match book_missing_answer(instance).await {
+        // One that does not run now is looked at again when that changes.
+        Ok(()) => !instance.record.answer_in_time(),
+        Err(error) => {
+            instance.note(&format!("booking a missing answer failed: {error}"));
+            false
+        }
+    }
 }
 
 /// The guest or its VMM ended without being asked.
@@ -230,8 +266,10 @@ fn deadline(instance: &Instance) -> Option<Instant> {
         return Some(exited + POWER_OFF_PATIENCE);
     }
     match instance.record.state() {
-        // Its memory is all there is of it: it may take as long as it needs.
-        State::Initializing if instance.record.awaits_answer() => None,
+        State::Initializing if instance.record.answer_in_time() => {
+            let asked = live.proof.as_ref().map(|proof| proof.since);
+            asked.map(|since| (since + ANSWER_PATIENCE).into())
+        }
         State::Initializing => Some(live.since + instance.ctx.config.limits.boot_timeout),
         State::Created | State::Running | State::Paused => None,
         State::Shutdown | State::Stopped | State::Standby => None,

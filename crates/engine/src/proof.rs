@@ -9,6 +9,9 @@ use doze_agent::{client::AgentClient, message::Identity};
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
+/// How long a guest may take for its answer. One that takes longer counts as Running, because it has its CPUs, and is
+/// asked on.
+pub const ANSWER_PATIENCE: Duration = Duration::from_secs(15);
 /// One question waits this long for its answer.
 const ATTEMPT: Duration = Duration::from_secs(5);
 /// Before a guest that did not take its identity is told again.
@@ -29,6 +32,8 @@ pub struct Answer {
 /// A question that is being asked. Dropping it stops asking.
 pub struct Proof {
     pub answer: watch::Receiver<Option<Answer>>,
+    /// When it was asked first.
+    pub since: Instant,
     /// The problem that its log has.
     pub noted: Option<String>,
     _asking: AbortOnDropHandle<()>,
@@ -77,6 +82,7 @@ impl Proof {
         });
         Proof {
             answer,
+            since: Instant::now(),
             noted: None,
             _asking: AbortOnDropHandle::new(asking),
         }

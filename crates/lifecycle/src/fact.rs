@@ -117,6 +117,8 @@ pub enum Fact {
     Resumed { process: ProcessRef, agent: bool },
     /// The restored guest's agent answered a question asked after the CPUs ran.
     AgentAnswered,
+    /// The restored guest's agent did not answer in time, while its CPUs ran: it is Running without that proof.
+    AnswerOverdue,
     /// A restore consumed the snapshot, but its guest is gone: only the disk is left. `last_seen` is the last
     /// moment at which it may have run.
     MemoryLost { reason: String, last_seen: Stamp },
@@ -146,6 +148,8 @@ impl Fact {
             } => Cause::Crash,
             Fact::MachineFoundGone { failure: None, .. } => on_behalf.unwrap_or(Cause::Recovery),
             Fact::MemoryLost { .. } => Cause::Crash,
+            // The guest said nothing: what was done to it goes on.
+            Fact::AnswerOverdue => on_behalf.unwrap_or(Cause::Guest),
             // Powering off was asked for by a stop, or is the guest's own wish.
             Fact::GuestFoundOff { .. } => Cause::Guest,
             Fact::GuestPoweredOff | Fact::ProgramExited(_) => on_behalf.unwrap_or(Cause::Guest),
@@ -184,6 +188,7 @@ impl Fact {
             Fact::StandbyAbandoned { .. } => "StandbyAbandoned",
             Fact::Resumed { .. } => "Resumed",
             Fact::AgentAnswered => "AgentAnswered",
+            Fact::AnswerOverdue => "AnswerOverdue",
             Fact::MemoryLost { .. } => "MemoryLost",
             Fact::MemoryDiscarded => "MemoryDiscarded",
             Fact::GuestContinued => "GuestContinued",

@@ -6,7 +6,7 @@
 //!      ^                      │             │  ^     └─ GuestPoweredOff ──┤
 //!      │      MachineGone     │             │  │                          v
 //!      ├──────────────────────┴─────────────│──│───── MachineGone <── Shutdown
-//!      │                         CpusPaused │  │ Resumed, then AgentAnswered ─> Running
+//!      │                         CpusPaused │  │ Resumed, then AgentAnswered or AnswerOverdue ─> Running
 //!      │ MemoryLost, MemoryDiscarded        v  │
 //!      └─────────────── Standby <─────── Paused, SnapshotCommitted
 //!                               MachineGone
@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use crate::{Cause, Exit, Fact, Ledger, Operation, ProcessRef, Stamp, State};
 
 /// Version of the record's stored form. Older ones are migrated when read.
-pub const RECORD_VERSION: u32 = 3;
+pub const RECORD_VERSION: u32 = 4;
 
 /// The fact cannot happen here: a defect of the caller, nothing was changed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -53,13 +53,35 @@ enum Proof {
     #[default]
     NotNeeded,
     Awaited,
+    /// Not given in time. The guest has its CPUs all the same, and is Running since then; a late answer is taken.
+    Overdue(Stamp),
     Given(Stamp),
 }
 
 impl Boot {
+    /// What is left of it in another record, begun at `at`: how far the guest had come, and none of the moments. They may
+    /// be another host's, or nobody's.
+    fn taken_over(&self, at: &Stamp) -> Boot {
+        let then = |told: &Option<Stamp>| told.as_ref().map(|_| at.clone());
+        Boot {
+            agent_expected: self.agent_expected,
+            program_started: then(&self.program_started),
+            agent_ready: then(&self.agent_ready),
+            // What it still had to prove it has to prove when it wakes.
+            proof: Proof::NotNeeded,
+        }
+    }
+
     /// When the guest became ready, if it did: the latest of what it waited for, and not before `since`, when
     /// the current phase began. What happened in another boot of the host was before it.
     fn completed(&self, since: &Stamp) -> Option<Stamp> {
+        // Whatever it has not said: it uses its CPUs.
+        if let Proof::Overdue(at) = &self.proof {
+            return Some(match at.boot_id == since.boot_id {
+                true => since.clone().later(at.clone()),
+                false => since.clone(),
+            });
+        }
         let program = Some(self.program_started.as_ref()?);
         let agent = match self.agent_expected {
             true => Some(self.agent_ready.as_ref()?),
@@ -67,7 +89,7 @@ impl Boot {
         };
         let proof = match &self.proof {
             Proof::NotNeeded => None,
-            Proof::Awaited => return None,
+            Proof::Awaited | Proof::Overdue(_) => return None,
             Proof::Given(at) => Some(at),
         };
         let told = [program, agent, proof].into_iter().flatten();
@@ -117,9 +139,27 @@ impl Record {
             ..Record::resting(State::Created, at)
         };
         if let Some(source) = memory_of {
-            record.inherit(source);
+            record.inherit(source, &record.ledger.since().clone());
         }
         record
+    }
+
+    /// What is taken of a record that was read from a stream: state, and how far the guest had come. `agent`: whether
+    /// it has one, as its specification says. Moments, sums, counts and reasons are not; its time begins at `at`.
+    #[must_use]
+    pub fn from_outside(&self, agent: bool, at: &Stamp) -> Record {
+        let mut boot = self.boot.taken_over(at);
+        boot.agent_expected = agent;
+        if self.state == State::Running {
+            boot.program_started = Some(at.clone());
+            boot.agent_ready = agent.then(|| at.clone());
+        }
+        Record {
+            boot,
+            snapshot: self.state == State::Standby,
+            boots: u64::from(self.boots > 0),
+            ..Record::resting(self.state, at.clone())
+        }
     }
 
     /// A new instance that never ran.
@@ -191,6 +231,10 @@ impl Record {
     }
     /// Whether a restored guest's agent has yet to answer.
     pub fn awaits_answer(&self) -> bool {
+        self.machine.is_some() && matches!(self.boot.proof, Proof::Awaited | Proof::Overdue(_))
+    }
+    /// Whether the time that a restored guest's agent has for its answer is not over.
+    pub fn answer_in_time(&self) -> bool {
         self.machine.is_some() && self.boot.proof == Proof::Awaited
     }
     /// Whether this run's agent has reported itself.
@@ -271,6 +315,10 @@ impl Record {
             Fact::Resumed { process, agent } => next.wake(process, *agent, at, cause),
             Fact::AgentAnswered => {
                 next.boot.proof = Proof::Given(at.clone());
+                next.finish_boot(cause);
+            }
+            Fact::AnswerOverdue => {
+                next.boot.proof = Proof::Overdue(at.clone());
                 next.finish_boot(cause);
             }
             Fact::MemoryLost { reason, last_seen } => {
@@ -388,6 +436,7 @@ impl Record {
                     }
             }
             Fact::AgentAnswered => self.awaits_answer(),
+            Fact::AnswerOverdue => self.answer_in_time() && self.has_running_guest(),
             Fact::MemoryLost { .. } => match self.operation {
                 Some(Restore) => true,
                 Some(Create | Start | Stop | Delete | Standby) | None => false,
@@ -483,10 +532,8 @@ impl Record {
     }
 
     /// Takes over the memory that `source` had when it was captured.
-    fn inherit(&mut self, source: &Record) {
-        self.boot = source.boot.clone();
-        // What it still had to prove it has to prove when it wakes.
-        self.boot.proof = Proof::NotNeeded;
+    fn inherit(&mut self, source: &Record, at: &Stamp) {
+        self.boot = source.boot.taken_over(at);
         self.boots = self.boots.max(1);
         self.snapshot = true;
     }
@@ -497,7 +544,7 @@ impl Record {
         self.exit = None;
         match memory_of {
             Some(source) => {
-                self.inherit(source);
+                self.inherit(source, at);
                 self.enter(State::Standby, at, cause);
             }
             None => {

@@ -55,6 +55,7 @@ fn facts() -> Vec<Fact> {
             agent: false,
         },
         Fact::AgentAnswered,
+        Fact::AnswerOverdue,
         Fact::MemoryLost {
             reason: "r".into(),
             last_seen: Stamp {

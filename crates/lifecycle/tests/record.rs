@@ -87,6 +87,7 @@ fn facts() -> impl Strategy<Value = Fact> {
             agent
         }),
         Just(Fact::AgentAnswered),
+        Just(Fact::AnswerOverdue),
         (0..60_000_000u64).prop_map(|boottime_us| Fact::MemoryLost {
             reason: "no".into(),
             last_seen: stamp(0, boottime_us, 1_700_000_000_000_000),
@@ -394,9 +395,9 @@ fn a_failed_start_leaves_it_stopped_with_the_reason() {
 fn a_record_of_a_newer_program_is_refused_with_both_versions() {
     let text = serde_json::to_string(&Record::stopped(stamp(0, 0, 0))).unwrap();
     let newer: Record =
-        serde_json::from_str(&text.replace("\"version\":3", "\"version\":99")).unwrap();
+        serde_json::from_str(&text.replace("\"version\":4", "\"version\":99")).unwrap();
     let error = newer.check_version().unwrap_err();
-    assert!(error.contains("99") && error.contains('3'), "{error}");
+    assert!(error.contains("99") && error.contains('4'), "{error}");
 }
 
 fn running_at(ms: u64) -> Vec<(Fact, u64)> {
@@ -810,4 +811,102 @@ fn a_rollback_replaces_what_the_instance_remembers() {
         (State::Stopped, false)
     );
     assert_eq!(stopped.operation(), None);
+}
+
+/// The record as a stream may bring it: valid JSON, and nothing in it true.
+fn forged(record: &Record, moment: &Stamp) -> Record {
+    let mut told = serde_json::to_value(record).unwrap();
+    let moment = serde_json::to_value(moment).unwrap();
+    for field in ["program_started", "agent_ready"] {
+        told["boot"][field] = moment.clone();
+    }
+    told["ledger"]["since"] = moment;
+    told["ledger"]["committed_us"] = serde_json::json!({"Running": u64::MAX});
+    told["ledger"]["estimated_us"] = serde_json::json!({"Running": u64::MAX});
+    told["ledger"]["transitions_total"] = u64::MAX.into();
+    told["boots"] = u64::MAX.into();
+    told["restores"] = u64::MAX.into();
+    serde_json::from_value(told).unwrap()
+}
+
+#[test]
+fn the_moments_of_a_record_from_elsewhere_are_not_believed() {
+    for moment in [
+        // This host's boot, later than all that will be; its past; another host's; the ends of the scale.
+        stamp(9, u64::MAX, i64::MAX),
+        stamp(9, 0, 0),
+        stamp(7, 4_600_000_000_000_000, 4_600_000_000_000_000),
+        stamp(9, u64::MAX, i64::MIN),
+    ] {
+        let told = forged(&sleeper(), &moment);
+        let at = |us| stamp(9, us, 1_700_000_000_000_000);
+        let kept = told.from_outside(true, &at(500_000));
+        assert_eq!(
+            kept.ledger()
+                .durations_ms(&at(500_000))
+                .values()
+                .sum::<u64>(),
+            0
+        );
+        assert!(kept.ledger().estimated_ms().is_empty());
+        assert_eq!((kept.boots(), kept.restores()), (1, 0));
+        // Also of what an earlier program had taken in as it was.
+        for source in [&told, &kept] {
+            let fork = Record::forking(Some(source), at(1_000_000));
+            let resumed = Fact::Resumed {
+                process: process(),
+                agent: true,
+            };
+            let fork = fork.apply(&resumed, &at(2_000_000), None).unwrap();
+            let fork = fork
+                .apply(&Fact::AgentAnswered, &at(3_000_000), None)
+                .unwrap();
+            assert_eq!(fork.state(), State::Running);
+            let spent = fork.ledger().durations_ms(&at(9_000_000));
+            let expected = [
+                ("created", 1_000),
+                ("initializing", 1_000),
+                ("running", 6_000),
+            ];
+            assert_eq!(spent, BTreeMap::from(expected), "{moment:?}");
+            assert!(fork.ledger().estimated_ms().is_empty());
+        }
+    }
+}
+
+#[test]
+fn a_guest_that_does_not_answer_runs_when_its_time_is_over() {
+    let restored = sleeper();
+    let facts = [
+        (Fact::Admitted(Operation::Restore), 10_000),
+        (
+            Fact::Resumed {
+                process: process(),
+                agent: true,
+            },
+            20_000,
+        ),
+        (Fact::AnswerOverdue, 15_020_000),
+    ];
+    let at = |us| stamp(0, us, 1_600_000_000_000_000);
+    let overdue = facts.iter().fold(restored, |record, (fact, us)| {
+        record.apply(fact, &at(*us), None).unwrap()
+    });
+    assert_eq!(overdue.state(), State::Running);
+    assert!(overdue.awaits_answer() && !overdue.answer_in_time());
+    assert!(
+        overdue
+            .apply(&Fact::AnswerOverdue, &at(16_000_000), None)
+            .is_err()
+    );
+    let spent = |record: &Record| record.ledger().durations_ms(&at(20_020_000));
+    assert_eq!(spent(&overdue)["running"], 5_000);
+    assert_eq!(spent(&overdue)["initializing"], 15_000);
+    // The answer comes after all: nothing else changes.
+    let answered = overdue
+        .apply(&Fact::AgentAnswered, &at(18_000_000), None)
+        .unwrap();
+    assert_eq!(answered.state(), State::Running);
+    assert!(!answered.awaits_answer());
+    assert_eq!(spent(&answered), spent(&overdue));
 }

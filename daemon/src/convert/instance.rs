@@ -9,7 +9,7 @@ use doze_engine::{InstanceView, WaitOutcome};
 use doze_lifecycle::{Stamp, State, Transition};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
-/// Why a restored instance is Initializing.
+/// Of a restored instance whose agent says nothing: Initializing at first, Running when its time is over.
 const UNANSWERED: &str = "the guest runs again, but its agent has not answered yet";
 
 /// One consistent answer: state, phase and durations come from the same record and moment.

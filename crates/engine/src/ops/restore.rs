@@ -26,13 +26,11 @@ use crate::{
     instance::{Instance, Live, MEMORY, RUN_DIR, SNAPSHOT, process_ref, vmm_error},
     kill::KillPoint,
     life_sign, now,
-    proof::Proof,
+    proof::{ANSWER_PATIENCE, Proof},
 };
 
 /// For the control channel's socket to be connected after the VMM made it.
 const LINK_PATIENCE: Duration = Duration::from_secs(20);
-/// How long the caller waits for the guest's answer. A slower guest stays Initializing and is asked on.
-const ANSWER_PATIENCE: Duration = Duration::from_secs(15);
 
 /// From Standby to Running (Initializing while the guest has not answered). On error the instance
 /// sleeps on, unless its guest had begun to run.
@@ -213,8 +211,8 @@ async fn record_resumed(instance: &mut Instance, at: &Stamp) -> Result<(), Engin
     Ok(())
 }
 
-/// Waits for the guest's answer and books it. A guest that takes longer goes on as Initializing, with
-/// the reason shown, until it answers.
+/// Waits for the guest's answer and books it. A guest that takes longer is Running without it, with the reason
+/// shown until it answers.
 async fn prove(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineError> {
     let mut slow = false;
     if let Some(live) = instance.live.as_mut()
@@ -232,11 +230,11 @@ async fn prove(instance: &mut Instance, cancel: &Cancel) -> Result<(), EngineErr
             () = cancel.cancelled() => {}
         }
     }
-    if slow {
-        instance.note("restored, but its agent has not answered yet");
-    }
     crate::observe::book_answer(instance).await?;
     ended_early(instance).await?;
+    if slow {
+        crate::observe::book_missing_answer(instance).await?;
+    }
     instance.reach(KillPoint::RestoreAnswered);
     let consumed = manifest::consumed_of(&instance.dir().join(SNAPSHOT));
     // Worthless since the guest ran; what cannot be removed now goes with the next standby or stop.

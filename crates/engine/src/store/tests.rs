@@ -229,7 +229,7 @@ async fn what_the_first_version_wrote_is_read_and_goes_on() {
     assert_eq!(asleep.state(), doze_lifecycle::State::Standby);
     // An older program would not know what this means.
     let text = serde_json::to_string(&asleep).unwrap();
-    assert!(text.contains("\"version\":3"), "{text}");
+    assert!(text.contains("\"version\":4"), "{text}");
 }
 
 fn snapshot(id: &str, name: Option<&str>) -> Snapshot {

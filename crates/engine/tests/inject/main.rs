@@ -8,6 +8,7 @@
 //! runs the scenarios whose names contain it.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
+mod answers;
 mod campaign;
 mod check;
 mod commands;

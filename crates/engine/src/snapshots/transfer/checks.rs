@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use doze_agent::config;
 use doze_host::conntrack::policy::{Policy, PolicyInput};
 use doze_image::Reference;
+use doze_lifecycle::Stamp;
 use doze_snapshot::manifest::{MANIFEST, MANIFEST_VERSION};
 use doze_vmm::{MachineDescription, Probe};
 use serde::Deserialize;
@@ -71,6 +72,14 @@ pub(super) fn description(told: &Description, limits: &Limits) -> Result<(), Eng
         (SnapshotKind::Standby, Some(true), Some(told_guest)) => guest(told, told_guest),
         _ => Err(broken("kind, record and memory do not belong together")),
     }
+}
+
+/// Its record is made anew of what can be checked, and it was not taken later than now. What its source spent in which
+/// phase is the other host's account, and nothing here is billed from it.
+pub(super) fn forget_times(snapshot: &mut Snapshot, now: &Stamp) {
+    let agent = !snapshot.spec.skip_guest_agent;
+    snapshot.record = snapshot.record.from_outside(agent, now);
+    snapshot.created_at_us = snapshot.created_at_us.clamp(0, now.wall_us.max(0));
 }
 
 fn snapshot(told: &Snapshot) -> Result<(), EngineError> {

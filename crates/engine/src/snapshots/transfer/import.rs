@@ -100,6 +100,7 @@ impl Engine {
             told.snapshot.name = Some(name);
         }
         checks::description(&told, &ctx.config.limits)?;
+        checks::forget_times(&mut told.snapshot, &now());
         self.check_free(&told.snapshot)?;
         told.snapshot.id = new_id();
         self.check_host(&mut told).await?;
